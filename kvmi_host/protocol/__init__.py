@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The KVMI protocol, version 6, without I/O: bytes in, objects out.
+
+:class:`Connection` is the introspector's end of a session; :class:`Framer` and :func:`frame` are the bytes under it;
+:mod:`kvmi_host.protocol.messages` has one function per command; :mod:`kvmi_host.protocol.handshake` what comes before.
+"""
+
+from kvmi_host.protocol.connection import Answer, Connection, State
+from kvmi_host.protocol.errors import CommandError, HandshakeError, KvmiError, ProtocolError
+from kvmi_host.protocol.events import (
+    BreakpointHit,
+    CrWrite,
+    DescriptorAccess,
+    Event,
+    MsrWrite,
+    OwnData,
+    PageFault,
+    Trap,
+)
+from kvmi_host.protocol.framing import MAX_PAYLOAD, Frame, Framer, frame
+from kvmi_host.protocol.handshake import Hello
+from kvmi_host.protocol.ids import Action, Command, ErrorCode, EventId, command_name, event_name
+from kvmi_host.protocol.messages import Request, VcpuState, Version
+from kvmi_host.protocol.x86 import DescriptorTable, Msrs, Registers, Segment, SpecialRegisters, operand_size
+
+__all__ = [
+    "MAX_PAYLOAD",
+    "Action",
+    "Answer",
+    "BreakpointHit",
+    "Command",
+    "CommandError",
+    "Connection",
+    "CrWrite",
+    "DescriptorAccess",
+    "DescriptorTable",
+    "ErrorCode",
+    "Event",
+    "EventId",
+    "Frame",
+    "Framer",
+    "HandshakeError",
+    "Hello",
+    "KvmiError",
+    "MsrWrite",
+    "Msrs",
+    "OwnData",
+    "PageFault",
+    "ProtocolError",
+    "Registers",
+    "Request",
+    "Segment",
+    "SpecialRegisters",
+    "State",
+    "Trap",
+    "VcpuState",
+    "Version",
+    "command_name",
+    "event_name",
+    "frame",
+    "operand_size",
+]

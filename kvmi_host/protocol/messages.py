@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands: each function makes a :class:`Request`, which knows its bytes and how to read its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from struct import Struct
+from types import MappingProxyType
+from typing import Generic, NamedTuple, TypeVar
+
+from kvmi_host.protocol.errors import ProtocolError
+from kvmi_host.protocol.framing import MAX_PAYLOAD
+from kvmi_host.protocol.ids import VM_EVENTS, Command, command_name
+from kvmi_host.protocol.x86 import (
+    REGISTERS,
+    SREGS_SIZE,
+    Registers,
+    SpecialRegisters,
+    unpack_registers,
+    unpack_sregs,
+)
+
+T_co = TypeVar("T_co", covariant=True)
+
+PAGE_SIZE = 4096
+
+VCPU_HEADER = Struct("<H6x")
+_PAUSE = Struct("<B7x")
+_CHECK = Struct("<H6x")
+_CONTROL_EVENT = Struct("<HB5x")
+_CONTROL_REGISTER = Struct("<B3xI")
+_RESPONSE = Struct("<BB6x")
+_MSR_COUNT = Struct("<H6x")
+_RANGE = Struct("<QQ")
+_U32 = Struct("<I")
+_U64 = Struct("<Q")
+_MSR_ENTRY = Struct("<I4xQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[T_co]):
+    """A command that was not sent yet.
+
+    :ivar command: the message id.
+    :ivar payload: what follows the message header, the vCPU header included.
+    :ivar decode: makes the result from what follows the error code of a good answer.
+    """
+
+    command: int
+    payload: bytes
+    decode: Callable[[bytes], T_co]
+
+
+class Version(NamedTuple):
+    """Answer of GET_VERSION. ``dialect`` is the family of interfaces that the answer's shape gives away."""
+
+    version: int
+    dialect: str
+
+
+class VcpuState(NamedTuple):
+    """Answer of GET_REGISTERS. ``mode`` is the operand size in bytes; ``msrs`` maps MSR index to value."""
+
+    mode: int
+    registers: Registers
+    sregs: SpecialRegisters
+    msrs: Mapping[int, int]
+
+
+def get_version() -> Request[Version]:
+    """The interface's version and dialect."""
+    return Request(Command.GET_VERSION, b"", _version)
+
+
+def check_command(command: int) -> Request[None]:
+    """May this session send `command`? -EPERM if not."""
+    return Request(Command.CHECK_COMMAND, _CHECK.pack(command), _nothing)
+
+
+def check_event(event: int) -> Request[None]:
+    """May this session enable `event`? -EPERM if not."""
+    return Request(Command.CHECK_EVENT, _CHECK.pack(event), _nothing)
+
+
+def guest_info() -> Request[int]:
+    """How many vCPUs the VM has now."""
+    return Request(Command.GET_GUEST_INFO, b"", _reader(Command.GET_GUEST_INFO, "vcpu_count", _U32))
+
+
+def vcpu_info(vcpu: int) -> Request[int]:
+    """The vCPU's TSC frequency in Hz; 0 if the host does not know it."""
+    return Request(Command.GET_VCPU_INFO, VCPU_HEADER.pack(vcpu), _reader(Command.GET_VCPU_INFO, "tsc_speed", _U64))
+
+
+def pause_vcpu(vcpu: int, wait: bool = False) -> Request[None]:
+    """One PAUSE_VCPU event, after all other events of that vCPU. `wait`: answer once the vCPU left guest mode."""
+    return Request(Command.PAUSE_VCPU, VCPU_HEADER.pack(vcpu) + _PAUSE.pack(wait), _nothing)
+
+
+def control_vm_events(event: int, enable: bool) -> Request[None]:
+    """Switch an event of the VM: UNHOOK or CREATE_VCPU.
+
+    :raise ValueError: the event is a vCPU's: use :func:`control_events`.
+    """
+    if event not in VM_EVENTS:
+        raise ValueError(f"event {event} is switched per vCPU")
+    return Request(Command.CONTROL_VM_EVENTS, _CONTROL_EVENT.pack(event, enable), _nothing)
+
+
+def control_events(vcpu: int, event: int, enable: bool) -> Request[None]:
+    """Switch an event of one vCPU. PAUSE_VCPU cannot be switched off."""
+    payload = VCPU_HEADER.pack(vcpu) + _CONTROL_EVENT.pack(event, enable)
+    return Request(Command.CONTROL_EVENTS, payload, _nothing)
+
+
+def control_cr(vcpu: int, cr: int, enable: bool) -> Request[None]:
+    """Watch writes to control register 0, 3 or 4 (the CR event must be enabled as well)."""
+    payload = VCPU_HEADER.pack(vcpu) + _CONTROL_REGISTER.pack(enable, cr)
+    return Request(Command.CONTROL_CR, payload, _nothing)
+
+
+def control_cmd_response(enable: bool, now: bool) -> Request[None]:
+    """Switch the answers off or on, from this command on (`now`) or from the next."""
+    return Request(Command.CONTROL_CMD_RESPONSE, _RESPONSE.pack(enable, now), _nothing)
+
+
+def get_registers(vcpu: int, msrs: Iterable[int] = ()) -> Request[VcpuState]:
+    """A vCPU's registers, and the MSRs with these indices."""
+    indices = tuple(msrs)
+    wanted = b"".join(map(_U32.pack, indices))
+    return Request(Command.GET_REGISTERS, VCPU_HEADER.pack(vcpu) + _MSR_COUNT.pack(len(indices)) + wanted, _vcpu_state)
+
+
+def set_registers(vcpu: int, registers: Registers) -> Request[None]:
+    """Set them when the pending event is replied to; with no event pending the kernel drops them and says success."""
+    return Request(Command.SET_REGISTERS, VCPU_HEADER.pack(vcpu) + REGISTERS.pack(*registers), _nothing)
+
+
+def read_physical(gpa: int, size: int) -> Request[bytes]:
+    """`size` bytes at guest-physical address `gpa`.
+
+    :raise ValueError: the range leaves its 4096-byte page; the kernel would end the session for that.
+    """
+    _require_one_page(gpa, size)
+
+    def decode(data: bytes) -> bytes:
+        _require(Command.READ_PHYSICAL, data, size, "the bytes")
+        return data[:size]
+
+    return Request(Command.READ_PHYSICAL, _RANGE.pack(gpa, size), decode)
+
+
+def write_physical(gpa: int, data: bytes) -> Request[None]:
+    """Write `data` at guest-physical address `gpa`.
+
+    :raise ValueError: the range leaves its 4096-byte page; the kernel would end the session for that.
+    """
+    _require_one_page(gpa, len(data))
+    return Request(Command.WRITE_PHYSICAL, _RANGE.pack(gpa, len(data)) + data, _nothing)
+
+
+def max_gfn() -> Request[int]:
+    """The highest guest frame number (guest-physical address / 4096)."""
+    return Request(Command.GET_MAX_GFN, b"", _reader(Command.GET_MAX_GFN, "gfn", _U64))
+
+
+def raw(command: int, payload: bytes = b"", vcpu: int | None = None) -> Request[bytes]:
+    """Any command; its answer's data as it came. `vcpu` puts the vCPU header before the payload.
+
+    :raise ValueError: too long for a message.
+    """
+    if vcpu is not None:
+        payload = VCPU_HEADER.pack(vcpu) + payload
+    if len(payload) > MAX_PAYLOAD:
+        raise ValueError(f"{len(payload)} bytes do not fit in a message, which holds {MAX_PAYLOAD}")
+    return Request(command, payload, bytes)
+
+
+def _nothing(_data: bytes) -> None:
+    return None
+
+
+def _reader(command: int, field: str, struct: Struct) -> Callable[[bytes], int]:
+    def decode(data: bytes) -> int:
+        _require(command, data, struct.size, field)
+        value: int = struct.unpack_from(data)[0]
+        return value
+
+    return decode
+
+
+def _version(data: bytes) -> Version:
+    # The shape of the answer is the dialect: v6 {1, 0}, v7 the same and 8 bytes of features, v12 a message size.
+    _require(Command.GET_VERSION, data, _U32.size, "version")
+    version: int = _U32.unpack_from(data)[0]
+    if len(data) >= 16:
+        return Version(version, "v7")
+    return Version(version, "v12" if any(data[4:8]) else "v6")
+
+
+def _vcpu_state(data: bytes) -> VcpuState:
+    registers_at = _U64.size
+    sregs_at = registers_at + REGISTERS.size
+    msrs_at = sregs_at + SREGS_SIZE
+    entries_at = msrs_at + _U64.size
+    for end, field in ((4, "mode"), (sregs_at, "regs"), (msrs_at, "sregs"), (entries_at, "msrs.nmsrs")):
+        _require(Command.GET_REGISTERS, data, end, field)
+    count: int = _U32.unpack_from(data, msrs_at)[0]
+    entries_end = entries_at + count * _MSR_ENTRY.size
+    _require(Command.GET_REGISTERS, data, entries_end, f"msrs.entries[{count}]")
+    return VcpuState(
+        mode=_U32.unpack_from(data)[0],
+        registers=unpack_registers(data, registers_at),
+        sregs=unpack_sregs(data, sregs_at),
+        msrs=MappingProxyType(dict(_MSR_ENTRY.iter_unpack(data[entries_at:entries_end]))),
+    )
+
+
+def _require(command: int, data: bytes, size: int, field: str) -> None:
+    if len(data) < size:
+        raise ProtocolError(f"{command_name(command)}: the answer's {len(data)} bytes end before {field!r}")
+
+
+def _require_one_page(gpa: int, size: int) -> None:
+    if not 1 <= size <= PAGE_SIZE or gpa % PAGE_SIZE + size > PAGE_SIZE:
+        raise ValueError(f"{size} bytes at {gpa:#x} are not within one page of {PAGE_SIZE}")
