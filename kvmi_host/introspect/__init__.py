@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The introspector: a session with the kernel over a socket, and the ways to come by one."""
+
+from kvmi_host.introspect.errors import SessionClosed, SessionError, SessionTimeout
+from kvmi_host.introspect.session import PeerInfo, Session
+
+__all__ = ["PeerInfo", "Session", "SessionClosed", "SessionError", "SessionTimeout"]
