@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Why a VM cannot be attached to. The root of the tree is drawn in :mod:`kvmi_host.protocol.errors`.
+
+::
+
+    AttachError
+    +-- NoSuchVm            nothing has that name, UUID or process id
+    +-- VmNotRunning        the domain exists, but has no process
+    +-- NoVmDescriptor      the process runs no KVM guest (emulated by TCG, or not a VMM)
+    +-- AlreadyHooked       someone introspects this VM: detach first
+    +-- NotHooked           nobody introspects this VM
+    +-- AttachRefused       the kernel or its privileges forbid it; also a HostError: the host must change
+"""
+
+from kvmi_host.host import HostError
+from kvmi_host.protocol import KvmiError
+
+
+class AttachError(KvmiError):
+    """This VM cannot be attached to."""
+
+
+class NoSuchVm(AttachError):
+    """Nothing has that name, UUID or process id."""
+
+
+class VmNotRunning(AttachError):
+    """The domain exists, but has no process: start it."""
+
+
+class NoVmDescriptor(AttachError):
+    """The process holds no KVM VM: the guest is emulated (TCG), or the process is no VMM."""
+
+
+class AlreadyHooked(AttachError):
+    """Someone introspects this VM already: detach first."""
+
+
+class NotHooked(AttachError):
+    """Nobody introspects this VM."""
+
+
+class AttachRefused(AttachError, HostError):
+    """The kernel says no: modules without introspection, introspection switched off, or not privileged."""
