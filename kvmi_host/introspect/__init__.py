@@ -2,6 +2,9 @@
 """The introspector: a session with the kernel over a socket, and the ways to come by one."""
 
 from kvmi_host.introspect.errors import SessionClosed, SessionError, SessionTimeout
+from kvmi_host.introspect.ledger import SeqLedger
+from kvmi_host.introspect.listener import Listener
+from kvmi_host.introspect.serving import serve
 from kvmi_host.introspect.session import PeerInfo, Session
 
-__all__ = ["PeerInfo", "Session", "SessionClosed", "SessionError", "SessionTimeout"]
+__all__ = ["Listener", "PeerInfo", "SeqLedger", "Session", "SessionClosed", "SessionError", "SessionTimeout", "serve"]

@@ -41,6 +41,7 @@ MAX_WAITING_EVENTS = 4097
 more while it leaves a command unanswered is not a kernel."""
 
 _CHUNK = 65536
+_NOT_ALLOWED = (ErrorCode.EPERM, ErrorCode.ENOENT, ErrorCode.EINVAL)  # forbidden, or a number the kernel lacks
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +110,11 @@ class Session:
         return self._ask(messages.get_version())
 
     def check_command(self, command: int) -> bool:
-        """Whether this session may send `command`."""
+        """Whether the kernel has `command` and this session may send it."""
         return self._allowed(messages.check_command(command))
 
     def check_event(self, event: int) -> bool:
-        """Whether this session may enable `event`."""
+        """Whether the kernel has `event` and this session may enable it."""
         return self._allowed(messages.check_event(event))
 
     def guest_info(self) -> int:
@@ -228,7 +229,7 @@ class Session:
         try:
             self._ask(request)
         except CommandError as error:
-            if error.code == ErrorCode.EPERM:
+            if error.code in _NOT_ALLOWED:
                 return False
             raise
         return True
