@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Giving a running VM's introspection session to an introspector."""
+"""Giving a running VM's introspection session to an introspector: ourselves, one that listens, or a child process."""
 
+from kvmi_host.attach.detach import detach
 from kvmi_host.attach.errors import (
     AlreadyHooked,
     AttachError,
@@ -10,15 +11,33 @@ from kvmi_host.attach.errors import (
     NoVmDescriptor,
     VmNotRunning,
 )
+from kvmi_host.attach.handover import hand_over, run_with_session
+from kvmi_host.attach.policy import FULL, OBSERVE, Policy, command_id, event_id, policy
+from kvmi_host.attach.session import Attached, Facts, attach
+from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
 
 __all__ = [
+    "FULL",
+    "OBSERVE",
     "AlreadyHooked",
     "AttachError",
     "AttachRefused",
+    "Attached",
+    "Facts",
     "NoSuchVm",
     "NoVmDescriptor",
     "NotHooked",
+    "Policy",
+    "Target",
     "VmHandle",
     "VmNotRunning",
+    "attach",
+    "command_id",
+    "detach",
+    "event_id",
+    "find_target",
+    "hand_over",
+    "policy",
+    "run_with_session",
 ]

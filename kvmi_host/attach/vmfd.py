@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import NoReturn, Self
 from uuid import UUID
 
-from kvmi_host.attach.errors import AlreadyHooked, AttachError, AttachRefused, NotHooked, NoVmDescriptor
+from kvmi_host.attach.errors import AlreadyHooked, AttachError, AttachRefused, NoSuchVm, NotHooked, NoVmDescriptor
 from kvmi_host.host import introspection_enabled, kvm
 from kvmi_host.protocol import Command, command_name, event_name
 
@@ -32,6 +32,7 @@ class VmHandle:
     def __init__(self, pid: int) -> None:
         """
         :param pid: the VMM's process. If it runs several VMs, the first one that it made is taken.
+        :raise NoSuchVm: there is no such process.
         :raise NoVmDescriptor: it runs no KVM guest.
         :raise AttachRefused: this process may not look into it.
         """
@@ -126,7 +127,7 @@ def _find(pid: int) -> int:
     except PermissionError:
         raise AttachRefused(f"process {pid}: its descriptors are not for this user: run as root") from None
     except OSError:
-        raise NoVmDescriptor(f"process {pid}: there is none") from None
+        raise NoSuchVm(f"there is no process {pid}") from None
     for number in numbers:
         try:
             if os.readlink(Path("/proc", str(pid), "fd", str(number))) == _VM_LINK:
@@ -140,7 +141,7 @@ def _duplicate(pid: int, number: int) -> int:
     try:
         pidfd = os.pidfd_open(pid)
     except OSError as error:
-        raise NoVmDescriptor(f"process {pid}: {error.strerror}") from None
+        raise NoSuchVm(f"process {pid}: {error.strerror}") from None
     try:
         fd: int = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, number, 0)
     finally:

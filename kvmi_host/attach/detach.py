@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Ending someone's session: ask first, insist after a while."""
+
+from __future__ import annotations
+
+from time import monotonic, sleep
+
+from kvmi_host.attach.target import Target
+from kvmi_host.attach.vmfd import VmHandle
+
+
+def detach(target: Target, timeout: float = 5.0) -> bool:
+    """Send the introspector the UNHOOK event; end the session if it has not done so itself after `timeout` seconds.
+
+    :return: whether the introspector ended it itself.
+    :raise NotHooked: nobody introspects this VM.
+    :raise AttachError: see its branches.
+    """
+    with VmHandle(target.pid) as vm:
+        if vm.unhook_request():
+            deadline = monotonic() + timeout
+            while monotonic() < deadline:
+                if not vm.hooked():
+                    return True
+                sleep(0.02)  # the kernel has no way to tell a third party
+        vm.unhook_force()
+    return False

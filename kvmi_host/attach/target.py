@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which process runs a VM: from a libvirt name, a UUID, or ``pid:N``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from kvmi_host.attach.errors import AttachError, NoSuchVm, VmNotRunning
+from kvmi_host.provision import connect, default_uri, find_domain, is_remote
+
+_PROC = Path("/proc")
+_NO_UUID = UUID(int=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A running VM. ``uuid`` is zero for a VMM that was not given one; ``start_time``: seconds since the epoch."""
+
+    pid: int
+    name: str
+    uuid: UUID
+    start_time: int
+
+
+def find_target(vm: str, uri: str | None = None) -> Target:
+    """The process of a VM.
+
+    :param vm: a libvirt name or UUID, or ``pid:N`` for any VMM's process.
+    :param uri: of the local libvirt that knows the name; see :func:`kvmi_host.provision.connect`.
+    :raise NoSuchVm: nothing has that name, UUID or process id.
+    :raise VmNotRunning: the domain is shut off.
+    :raise AttachError: the VM runs on another host.
+    :raise ProvisionError: libvirt could not be asked.
+    """
+    if vm.startswith("pid:"):
+        return _from_pid(vm)
+    wanted = uri or default_uri()
+    if is_remote(wanted):
+        raise AttachError(f"{wanted}: VMs are attached to on their own host: run kvmi-host there")
+    connection = connect(wanted)
+    try:
+        domain = find_domain(connection, vm)
+        name, uuid, running = domain.name(), UUID(domain.UUIDString()), bool(domain.isActive())
+    finally:
+        connection.close()
+    if not running:
+        raise VmNotRunning(f"{name} is shut off: kvmi-host guest start {name}")
+    for pid in _processes():
+        if _option(_command_line(pid), "-uuid") == str(uuid):
+            return Target(pid, name, uuid, _start_time(pid))
+    raise VmNotRunning(f"{name} is running, but no process on this host has its UUID {uuid}")
+
+
+def _from_pid(vm: str) -> Target:
+    try:
+        pid = int(vm.removeprefix("pid:"))
+    except ValueError:
+        raise NoSuchVm(f"{vm}: what follows pid: is a process id") from None
+    if not (_PROC / str(pid)).is_dir():
+        raise NoSuchVm(f"there is no process {pid}")
+    command_line = _command_line(pid)
+    name = (_option(command_line, "-name") or "").split(",", 1)[0].removeprefix("guest=")
+    uuid = _option(command_line, "-uuid")
+    return Target(pid, name or vm, UUID(uuid) if uuid else _NO_UUID, _start_time(pid))
+
+
+def _processes() -> Iterator[int]:
+    return (int(entry) for entry in os.listdir(_PROC) if entry.isdigit())
+
+
+def _command_line(pid: int) -> list[str]:
+    try:
+        return (_PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return []  # it ended since it was listed
+
+
+def _option(command_line: list[str], option: str) -> str | None:
+    """The argument that follows `option` on QEMU's command line."""
+    for word, value in zip(command_line, command_line[1:], strict=False):
+        if word == option:
+            return value
+    return None
+
+
+def _start_time(pid: int) -> int:
+    try:
+        # proc(5): field 22 of stat, in clock ticks since boot; the name in field 2 may hold blanks.
+        ticks = int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        raise NoSuchVm(f"there is no process {pid}") from None
+    boot = next(line for line in (_PROC / "stat").read_text().splitlines() if line.startswith("btime "))
+    return int(boot.split()[1]) + ticks // os.sysconf("SC_CLK_TCK")
