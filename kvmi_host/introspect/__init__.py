@@ -6,5 +6,17 @@ from kvmi_host.introspect.ledger import SeqLedger
 from kvmi_host.introspect.listener import Listener
 from kvmi_host.introspect.serving import serve
 from kvmi_host.introspect.session import PeerInfo, Session
+from kvmi_host.introspect.watching import Wanted, Watch
 
-__all__ = ["Listener", "PeerInfo", "SeqLedger", "Session", "SessionClosed", "SessionError", "SessionTimeout", "serve"]
+__all__ = [
+    "Listener",
+    "PeerInfo",
+    "SeqLedger",
+    "Session",
+    "SessionClosed",
+    "SessionError",
+    "SessionTimeout",
+    "Wanted",
+    "Watch",
+    "serve",
+]
