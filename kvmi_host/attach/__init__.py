@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Giving a running VM's introspection session to an introspector: ourselves, one that listens, or a child process."""
 
-from kvmi_host.attach.detach import detach
 from kvmi_host.attach.errors import (
     AlreadyHooked,
     AttachError,
@@ -12,7 +11,8 @@ from kvmi_host.attach.errors import (
     VmNotRunning,
 )
 from kvmi_host.attach.handover import hand_over, run_with_session
-from kvmi_host.attach.policy import FULL, OBSERVE, Policy, command_id, event_id, policy
+from kvmi_host.attach.policy import FULL, OBSERVE, Policy, command_id, event_id, policy_for
+from kvmi_host.attach.release import detach
 from kvmi_host.attach.session import Attached, Facts, attach
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
@@ -38,6 +38,6 @@ __all__ = [
     "event_id",
     "find_target",
     "hand_over",
-    "policy",
+    "policy_for",
     "run_with_session",
 ]

@@ -30,7 +30,7 @@ FULL = Policy(observe=False)
 _PROFILES = {"observe": OBSERVE, "full": FULL}
 
 
-def policy(allow: str | Iterable[str | int] | Policy) -> Policy:
+def policy_for(allow: str | Iterable[str | int] | Policy) -> Policy:
     """A policy from what people write: a profile (``observe``, ``full``), or a list of names or command ids.
 
     A list names commands (``get-registers``) and, as ``event:cr``, events; if it names no event, all are allowed. It is

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 from uuid import UUID
 
-from kvmi_host.attach.policy import Policy, policy
+from kvmi_host.attach.policy import Policy, policy_for
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.introspect import PeerInfo, Session
@@ -58,13 +58,13 @@ def attach(
 
     :param vm: a libvirt name or UUID, or ``pid:N``.
     :param uri: of the libvirt that knows the name.
-    :param allow: what the session may do, as :func:`kvmi_host.attach.policy.policy` takes it.
+    :param allow: what the session may do, as :func:`kvmi_host.attach.policy.policy_for` takes it.
     :param timeout: the session's deadline for commands, in seconds.
     :raise AttachError: see its branches.
     :raise ProvisionError: libvirt could not be asked.
     :raise ValueError: `allow` names something that there is not.
     """
-    rules = policy(allow)
+    rules = policy_for(allow)
     target = find_target(vm, uri)
     ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     session = Session(ours, peer=PeerInfo(target.uuid, target.name, target.start_time, target.pid), timeout=timeout)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from uuid import UUID
 
@@ -81,7 +82,7 @@ def _command_line(pid: int) -> list[str]:
 
 def _option(command_line: list[str], option: str) -> str | None:
     """The argument that follows `option` on QEMU's command line."""
-    for word, value in zip(command_line, command_line[1:], strict=False):
+    for word, value in pairwise(command_line):
         if word == option:
             return value
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from time import monotonic, sleep
 
+from kvmi_host.attach.errors import NotHooked
 from kvmi_host.attach.target import Target
 from kvmi_host.attach.vmfd import VmHandle
 
@@ -17,11 +18,17 @@ def detach(target: Target, timeout: float = 5.0) -> bool:
     :raise AttachError: see its branches.
     """
     with VmHandle(target.pid) as vm:
-        if vm.unhook_request():
+        asked = vm.unhook_request()
+        if asked:
             deadline = monotonic() + timeout
             while monotonic() < deadline:
                 if not vm.hooked():
                     return True
                 sleep(0.02)  # the kernel has no way to tell a third party
-        vm.unhook_force()
+        try:
+            vm.unhook_force()
+        except NotHooked:
+            if not asked:
+                raise
+            return True  # at the last moment
     return False
