@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``kvmi-host attach``: the built-in agent, or the session for someone else."""
+
+from __future__ import annotations
+
+import signal
+from time import monotonic, time_ns
+from typing import Annotated
+
+import typer
+
+from kvmi_host import attach as attaching
+from kvmi_host.cli.options import Connect, Json, Vm
+from kvmi_host.cli.tally import Tally
+from kvmi_host.cli.view import View, view_for
+from kvmi_host.introspect import SessionClosed, Wanted, Watch, serve
+from kvmi_host.protocol import Event, EventId
+
+app = typer.Typer(add_completion=False)
+
+_DEFAULT_EVENTS = "cr0,cr3,cr4,hypercall,create-vcpu"
+_FEWEST_SAMPLES = 16  # of the round trip: fewer say nothing
+
+
+@app.command()
+def attach(
+    vm: Vm,
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="CMD", help="With --exec: the program.", show_default=False)
+    ] = None,
+    events: Annotated[
+        str, typer.Option(metavar="LIST", help="What to watch: cr0,cr3,cr4,hypercall,create-vcpu,pause,...")
+    ] = _DEFAULT_EVENTS,
+    allow: Annotated[
+        str,
+        typer.Option(metavar="observe|full|LIST", help="What the session may do; the kernel enforces it."),
+    ] = "observe",
+    as_json: Json = False,
+    count: Annotated[int | None, typer.Option(min=1, help="Leave after so many events.")] = None,
+    duration: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Leave after this time.")] = None,
+    to: Annotated[str | None, typer.Option(metavar="SOCKET", help="Give the session to who listens there.")] = None,
+    run: Annotated[bool, typer.Option("--exec", help="Give the session to a program: --exec -- CMD ARGS.")] = False,
+    connect: Connect = None,
+) -> None:
+    """Attach to a running VM and show its events, or give its session to an introspector.
+
+    The VM is not stopped, and does not depend on us: when we end, it goes on.
+    """
+    try:
+        rules = attaching.policy_for(allow)
+        wanted = Wanted.parse([name.strip() for name in events.split(",") if name.strip()], attaching.event_id)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if run != bool(command) or (run and to):
+        raise typer.BadParameter("--exec takes a program (--exec -- CMD ARGS), and excludes --to")
+    if to:
+        attaching.hand_over(attaching.find_target(vm, connect), to, rules)
+    elif command:
+        status = attaching.run_with_session(attaching.find_target(vm, connect), command, rules)
+        raise typer.Exit(status if status >= 0 else 1)
+    else:
+        with attaching.attach(vm, uri=connect, allow=rules) as attached:
+            _watch(attached, wanted, view_for(as_json), count, duration)
+
+
+def _watch(attached: attaching.Attached, wanted: Wanted, view: View, count: int | None, duration: float | None) -> None:
+    session, tally = attached.session, Tally()
+    deadline = None if duration is None else monotonic() + duration
+    signalled = _signals()
+    view.session(attached.facts)
+    try:
+        watch = Watch(session, Wanted(wanted.events | {EventId.UNHOOK}, wanted.control_registers, wanted.pause))
+
+        def handle(event: Event) -> None:
+            view.event(event, time_ns())
+            if event.event != EventId.UNHOOK:
+                tally.enter(event)
+            watch.saw(event)
+
+        def idle() -> bool:
+            if signalled:
+                tally.ended = signalled[0]
+            elif count is not None and tally.events >= count:
+                tally.ended = "count"
+            elif deadline is not None and monotonic() >= deadline:
+                tally.ended = "duration"
+            else:
+                watch.retry()
+                if tally.sample_due:
+                    tally.sample(session)
+                return False
+            return True
+
+        if serve(session, handle, idle):
+            tally.ended = "unhook"
+        watch.stop()
+        for _ in range(_FEWEST_SAMPLES):
+            tally.sample(session)
+    except SessionClosed:
+        tally.ended = "the VM or its session ended"
+    finally:
+        view.summary(tally.summary())
+    if count is not None and tally.events < count:
+        raise typer.Exit(1)
+
+
+def _signals() -> list[str]:
+    """A list that gets the name of the signal which asks us to leave. Events are never left unanswered in between."""
+    names: list[str] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _frame: names.append(signal.Signals(received).name))
+    return names

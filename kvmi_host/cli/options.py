@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Options that several verbs take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Connect = Annotated[
+    str | None,
+    typer.Option("-c", "--connect", metavar="URI", envvar="LIBVIRT_DEFAULT_URI", help="libvirt's URI, as virsh's."),
+]
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+
+Vm = Annotated[str, typer.Argument(metavar="VM", help="A libvirt name or UUID, or pid:N.", show_default=False)]

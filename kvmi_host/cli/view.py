@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How a session is shown: JSON lines, plain lines, or a live table on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import typer
+
+from kvmi_host.protocol import CrWrite, Event, EventId, event_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvmi_host.attach import Facts
+
+_COLUMNS = ("seq", "vCPU", "event", "mode", "rip", "detail")
+_PLAIN = "{:>10} {:>4} {:<12} {:>4} {:>18} {}"
+_ROWS = 20
+
+
+class View(Protocol):
+    """Shows a session: its facts, every event, the summary."""
+
+    def session(self, facts: Facts) -> None: ...
+
+    def event(self, event: Event, time_ns: int) -> None: ...
+
+    def summary(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class JsonView:
+    """One JSON object per line: the session, each event, the summary."""
+
+    def __init__(self) -> None:
+        self._vm = ""
+
+    def session(self, facts: Facts) -> None:
+        self._vm = facts.name
+        _print_json({"session": _facts(facts)})
+
+    def event(self, event: Event, time_ns: int) -> None:
+        _print_json({"vm": self._vm, **_fields(event), "time_ns": time_ns, **_own_fields(event)})
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        _print_json({"summary": summary})
+
+
+class PlainView:
+    """Aligned lines, each as it comes: for pipes, logs and slow terminals."""
+
+    def session(self, facts: Facts) -> None:
+        _print_facts(facts)
+        typer.echo(_PLAIN.format(*_COLUMNS))
+
+    def event(self, event: Event, time_ns: int) -> None:
+        typer.echo(_PLAIN.format(*_cells(event)).rstrip())
+        sys.stdout.flush()
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        _print_summary(summary)
+
+
+class LiveView:
+    """A table of the last events that redraws itself."""
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._rows: deque[Sequence[str]] = deque(maxlen=_ROWS)
+        self._count = 0
+        self._live = Live(get_renderable=self._table, refresh_per_second=8)
+
+    def session(self, facts: Facts) -> None:
+        _print_facts(facts)
+        self._live.start()
+
+    def event(self, event: Event, time_ns: int) -> None:
+        self._count += 1
+        self._rows.append(_cells(event))
+
+    def summary(self, summary: Mapping[str, Any]) -> None:
+        self._live.stop()
+        _print_summary(summary)
+
+    def _table(self) -> Table:
+        from rich.box import SIMPLE
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*_COLUMNS, box=SIMPLE, caption=f"{self._count} events")
+        for row in list(self._rows):  # drawn by a thread of rich's, while events come
+            table.add_row(*map(Text, row))
+        return table
+
+
+def view_for(as_json: bool) -> View:
+    """The view that fits where standard output goes."""
+    if as_json:
+        return JsonView()
+    return LiveView() if sys.stdout.isatty() else PlainView()
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Aligned lines of what a verb lists, each whole whatever the width; ``-`` for what is not known."""
+    lines = [list(columns), *(["-" if row[name] is None else str(row[name]) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _facts(facts: Facts) -> dict[str, Any]:
+    return {
+        "uuid": str(facts.uuid),
+        "name": facts.name,
+        "version": facts.version,
+        "dialect": facts.dialect,
+        "vcpus": facts.vcpus,
+        "commands": list(facts.commands),
+        "events": list(facts.events),
+        "method": facts.method,
+    }
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    return {
+        "vcpu": event.vcpu,
+        "seq": event.seq,
+        "event": event_name(event.event),
+        "mode": event.mode,
+        "rip": event.rip,
+    }
+
+
+def _own_fields(event: Event) -> dict[str, int]:
+    data = event.data
+    return data._asdict() if data is not None else {}
+
+
+def _cells(event: Event) -> Sequence[str]:
+    kind = event_name(event.event)
+    return (str(event.seq), str(event.vcpu), kind, str(event.mode), f"{event.rip:#018x}", _detail(event))
+
+
+def _detail(event: Event) -> str:
+    data = event.data
+    if isinstance(data, CrWrite):
+        return f"cr{data.cr} {data.old:#x} -> {data.new:#x}"
+    if data is not None:
+        return " ".join(f"{name}={value:#x}" for name, value in data._asdict().items())
+    if event.event == EventId.HYPERCALL:
+        return f"rax={event.registers.rax:#x}"
+    return ""
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    typer.echo(json.dumps(value))
+    sys.stdout.flush()
+
+
+def _print_facts(facts: Facts) -> None:
+    typer.echo(f"{facts.name}  uuid {facts.uuid}  {facts.vcpus} vCPUs")
+    typer.echo(f"KVMI version {facts.version}, dialect {facts.dialect}, attached by {facts.method}")
+    typer.echo(f"may send: {', '.join(facts.commands)}")
+    typer.echo(f"may see:  {', '.join(facts.events)}")
+
+
+def _print_summary(summary: Mapping[str, Any]) -> None:
+    kinds = ", ".join(f"{kind} {count}" for kind, count in summary["by_kind"].items()) or "none"
+    modes = ", ".join(f"{mode} ({count})" for mode, count in summary["modes"].items()) or "none"
+    trip = summary["round_trip"]
+    typer.echo(f"\n{summary['events']} events in {summary['seconds']} s ({summary['events_per_second']}/s): {kinds}")
+    typer.echo(f"modes seen: {modes}")
+    typer.echo(f"seq gaps: {summary['seq_gaps']}, repeated: {summary['seq_repeated']}")
+    if trip["samples"]:
+        typer.echo(
+            f"round trip of {trip['of']}: median {trip['median_us']} us, p99 {trip['p99_us']} us"
+            f" ({trip['samples']} samples)"
+        )
+    typer.echo(f"ended: {summary['ended']}")
