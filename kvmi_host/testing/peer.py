@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A simulated kernel end of a session: what KVM does with the socket, in Python, for tests without KVM.
+
+It follows the rules of the KVMI protocol, version 6, as the introspector sees them: framing, padding, refusals, one
+event at a time per vCPU, replies checked before they are believed. It runs no guest: tests fire the events.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from struct import Struct
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from kvmi_host.protocol import Action, Command, ErrorCode, EventId, Framer, ProtocolError, frame
+from kvmi_host.protocol.ids import ALWAYS_ALLOWED, CHANGES_THE_GUEST, KVMI_VERSION, VM_EVENTS
+
+PAGE = 4096
+_VCPU_HEADER = 8
+_REPLY_MINIMUM = _VCPU_HEADER + 2  # action and event
+_REPLY_COMMON = _VCPU_HEADER + 8
+_OWN_REPLY: dict[int, int] = {EventId.CR: 8, EventId.MSR: 8, EventId.PF: 272}
+_VCPU_COMMANDS = frozenset(
+    {
+        Command.GET_VCPU_INFO,
+        Command.PAUSE_VCPU,
+        Command.CONTROL_EVENTS,
+        Command.CONTROL_CR,
+        Command.GET_REGISTERS,
+        Command.SET_REGISTERS,
+    }
+)
+_NO_STATE = bytes(144 + 312)  # kvm_regs, kvm_sregs
+_MAX_PAUSES = 1000
+
+
+class Violation(Exception):
+    """The introspector broke a rule for which the kernel ends the session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A valid reply. ``own`` has the event's whole own data: what was not sent is zero."""
+
+    action: int
+    own: bytes
+
+
+class _Waiting(NamedTuple):
+    """An event that its vCPU waits for the reply to."""
+
+    seq: int
+    event: int
+    own: bytes
+    replies: SimpleQueue[Reply | None]
+
+
+@dataclass(slots=True)
+class _Vcpu:
+    started: bool = True
+    events: set[int] = field(default_factory=set)
+    registers: set[int] = field(default_factory=set)
+    pauses: int = 0
+    waiting: _Waiting | None = None
+
+
+class SimulatedKernel:
+    """The kernel end of one session, served by a thread.
+
+    :ivar introspector: the socket that a :class:`~kvmi_host.introspect.Session` takes.
+    :ivar memory: the guest's physical memory.
+    :ivar why: what ended the session, once it has.
+    """
+
+    def __init__(
+        self,
+        vcpus: int = 1,
+        *,
+        not_started: Collection[int] = (),
+        commands: Iterable[int] | None = None,
+        events: Iterable[int] | None = None,
+        observe: bool = False,
+        pages: int = 4,
+    ) -> None:
+        """
+        :param not_started: vCPUs that the guest has not started: their commands are answered -EAGAIN.
+        :param commands: allowed besides the three that always are; None allows all.
+        :param events: allowed; None allows all.
+        :param observe: hooked with the OBSERVE flag.
+        """
+        self.introspector, self._sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.memory = bytearray(pages * PAGE)
+        self.why: str | None = None
+        known = frozenset(_COMMANDS)
+        forbidden = CHANGES_THE_GUEST if observe else frozenset()
+        self._commands = (known if commands is None else known & frozenset(commands)) - forbidden | ALWAYS_ALLOWED
+        self._events = frozenset(EventId if events is None else events)
+        self._observe = observe
+        self._vcpus = [_Vcpu(started=index not in not_started) for index in range(vcpus)]
+        self._vm_events: set[int] = set()
+        self._answers = True
+        self._answer_this = True
+        self._seq = 0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        threading.Thread(target=self._serve, name="kvmi-recv", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.end("the test is over")
+        self.introspector.close()
+
+    # -- what a test does in the guest's place
+
+    def fire(self, event: int, vcpu: int = 0, own: bytes = b"", *, mode: int = 8) -> SimpleQueue[Reply | None]:
+        """Send an event, enabled or not; the queue gets its reply, or None if the session ends instead."""
+        replies: SimpleQueue[Reply | None] = SimpleQueue()
+        with self._lock:
+            self._seq += 1
+            if event != EventId.UNHOOK:
+                self._vcpus[vcpu].waiting = _Waiting(self._seq, event, own, replies)
+            state = bytes([mode]) + bytes(7) + _NO_STATE + bytes(9 * 8)
+            body = _EVENT.pack(8 + len(state), vcpu, event) + state + own
+            self._send(frame(Command.EVENT, self._seq, body))
+        return replies
+
+    def enabled(self, event: int, vcpu: int = 0) -> bool:
+        """Whether the introspector has switched an event on."""
+        return event in (self._vm_events if event in VM_EVENTS else self._vcpus[vcpu].events)
+
+    def watched_registers(self, vcpu: int = 0) -> frozenset[int]:
+        """The control registers whose writes the introspector watches."""
+        return frozenset(self._vcpus[vcpu].registers)
+
+    def start_vcpu(self, vcpu: int) -> None:
+        """The guest starts a vCPU."""
+        self._vcpus[vcpu].started = True
+
+    def send_raw(self, data: bytes) -> None:
+        """Say anything."""
+        self._send(data)
+
+    def end(self, why: str) -> None:
+        """End the session, as the kernel does when it is unhooked or the VM dies."""
+        self.why = self.why or why
+        with contextlib.suppress(OSError):  # it may have ended before
+            self._sock.shutdown(socket.SHUT_RDWR)
+        for vcpu in self._vcpus:
+            if vcpu.waiting:
+                vcpu.waiting.replies.put(None)
+                vcpu.waiting = None
+        self._ended.set()
+
+    def wait_ended(self, timeout: float = 5.0) -> str:
+        """Wait for the end of the session; why it ended.
+
+        :raise TimeoutError: it goes on.
+        """
+        if not self._ended.wait(timeout):
+            raise TimeoutError("the session has not ended")
+        return self.why or ""
+
+    # -- the receiving thread
+
+    def _serve(self) -> None:
+        framer = Framer()
+        try:
+            while data := self._sock.recv(65536):
+                framer.feed(data)
+                while (message := framer.next_frame()) is not None:
+                    self._message(message.id, message.seq, message.payload)
+            self.end("the introspector closed")
+        except (Violation, ProtocolError, OSError) as error:
+            self.end(str(error))
+
+    def _message(self, command: int, seq: int, payload: bytes) -> None:
+        if command == Command.EVENT_REPLY:
+            self._reply(seq, payload)
+            return
+        if command not in _COMMANDS:
+            self._answer(command, seq, ErrorCode.EOPNOTSUPP)
+            return
+        if command not in self._commands:
+            self._answer(command, seq, ErrorCode.EPERM)
+            return
+        self._answer_this = self._answers
+        vcpu = None
+        if command in _VCPU_COMMANDS:
+            index = self._vcpu_index(payload)
+            if index >= len(self._vcpus):
+                self._done(command, seq, ErrorCode.EINVAL)
+                return
+            vcpu, payload = self._vcpus[index], payload[_VCPU_HEADER:]
+            if not vcpu.started:
+                self._done(command, seq, ErrorCode.EAGAIN)
+                return
+        outcome = _COMMANDS[command](self, vcpu or self._vcpus[0], payload)
+        if isinstance(outcome, bytes):
+            self._done(command, seq, 0, outcome)
+        else:
+            self._done(command, seq, outcome)
+        if command == Command.PAUSE_VCPU and vcpu is not None:
+            self._send_pause(self._vcpus.index(vcpu))
+
+    def _reply(self, seq: int, payload: bytes) -> None:
+        if len(payload) < _REPLY_MINIMUM:
+            raise Violation(f"event reply of {len(payload)} bytes")
+        index = self._vcpu_index(payload)
+        waiting = self._vcpus[index].waiting if index < len(self._vcpus) else None
+        if waiting is None or waiting.seq != seq:
+            raise Violation(f"event reply with seq {seq}, which nobody waits for")
+        action = payload[_VCPU_HEADER]
+        if any(payload[_REPLY_MINIMUM:_REPLY_COMMON]):
+            raise Violation("event reply with padding that is not zero")
+        size = _OWN_REPLY.get(waiting.event, 0)
+        own = payload[_REPLY_COMMON:]
+        if len(own) > size:
+            raise Violation(f"event reply with {len(own)} bytes of own data, {size} expected")
+        own = own.ljust(size, b"\0")
+        if self._observe and _changes(waiting, action, own):
+            raise Violation("event reply that changes the guest, in a session that observes")
+        self._vcpus[index].waiting = None
+        waiting.replies.put(Reply(action, own))
+        self._send_pause(index)
+
+    def _vcpu_index(self, payload: bytes) -> int:
+        header = payload[:_VCPU_HEADER].ljust(_VCPU_HEADER, b"\0")
+        if any(header[2:]):
+            raise Violation("vCPU header with padding that is not zero")
+        return int.from_bytes(header[:2], "little")
+
+    def _send_pause(self, index: int) -> None:
+        vcpu = self._vcpus[index]
+        if vcpu.pauses and vcpu.waiting is None:
+            vcpu.pauses -= 1
+            self.fire(EventId.PAUSE_VCPU, index)
+
+    def _done(self, command: int, seq: int, error: int, data: bytes = b"") -> None:
+        """The answer of a command that was carried out, unless answers are off."""
+        if self._answer_this:
+            self._answer(command, seq, error, data)
+        elif data:
+            raise Violation(f"command {command} has data to answer, and answers are off")
+
+    def _answer(self, command: int, seq: int, error: int, data: bytes = b"") -> None:
+        with self._lock:
+            self._send(frame(command, seq, _ERROR.pack(error) + data))
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._sock.sendall(data)
+        except OSError as error:
+            self.end(str(error))
+
+    # -- the commands; each gives its answer's data, or an error code
+
+    def _get_version(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+        return _U32.pack(KVMI_VERSION) + bytes(4)
+
+    def _check_command(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        return 0 if _u16(payload) in self._commands else ErrorCode.EPERM
+
+    def _check_event(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        return 0 if _u16(payload) in self._events else ErrorCode.EPERM
+
+    def _guest_info(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+        return _U32.pack(len(self._vcpus)) + bytes(12)
+
+    def _vcpu_info(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+        return _U64.pack(2_000_000_000)
+
+    def _pause(self, vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+        if EventId.PAUSE_VCPU not in self._events:
+            return ErrorCode.EPERM
+        if vcpu.pauses >= _MAX_PAUSES:
+            return ErrorCode.EBUSY
+        vcpu.pauses += 1
+        return 0
+
+    def _control_vm_events(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        return self._switch(self._vm_events, payload, VM_EVENTS)
+
+    def _control_events(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        return self._switch(vcpu.events, payload, frozenset(EventId) - VM_EVENTS)
+
+    def _switch(self, enabled: set[int], payload: bytes, kinds: frozenset[EventId]) -> int:
+        event, enable = _EVENT_SWITCH.unpack_from(payload.ljust(8, b"\0"))
+        if event not in kinds:
+            return ErrorCode.EINVAL
+        if event not in self._events:
+            return ErrorCode.EPERM
+        (enabled.add if enable else enabled.discard)(event)
+        return 0
+
+    def _control_cr(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        enable, register = _REGISTER_SWITCH.unpack_from(payload.ljust(8, b"\0"))
+        if register not in (0, 3, 4):
+            return ErrorCode.EINVAL
+        (vcpu.registers.add if enable else vcpu.registers.discard)(register)
+        return 0
+
+    def _get_registers(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        count = _u16(payload)
+        indices = [int.from_bytes(payload[8 + 4 * i : 12 + 4 * i], "little") for i in range(count)]
+        entries = b"".join(_MSR.pack(index, index + 1) for index in indices)
+        return _U32.pack(8) + bytes(4) + _NO_STATE + _U32.pack(count) + bytes(4) + entries
+
+    def _set_registers(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+        return 0
+
+    def _read_physical(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        gpa, size = self._range(payload)
+        return bytes(self.memory[gpa : gpa + size]) if gpa < len(self.memory) else ErrorCode.EINVAL
+
+    def _write_physical(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        gpa, size = self._range(payload)
+        if gpa >= len(self.memory) or len(payload) < 16 + size:
+            return ErrorCode.EINVAL
+        self.memory[gpa : gpa + size] = payload[16 : 16 + size]
+        return 0
+
+    def _range(self, payload: bytes) -> tuple[int, int]:
+        gpa, size = _RANGE.unpack_from(payload.ljust(16, b"\0"))
+        if not 1 <= size <= PAGE or gpa % PAGE + size > PAGE:
+            raise Violation(f"{size} bytes at {gpa:#x} leave the page")
+        return gpa, size
+
+    def _control_cmd_response(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        enable, now = payload.ljust(2, b"\0")[:2]
+        self._answers = bool(enable)
+        if now:
+            self._answer_this = bool(enable)
+        return 0
+
+    def _max_gfn(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+        return _U64.pack(len(self.memory) // PAGE - 1)
+
+
+_ERROR = Struct("<i4x")
+_U32 = Struct("<I")
+_U64 = Struct("<Q")
+_EVENT = Struct("<HHB3x")
+_EVENT_SWITCH = Struct("<HB5x")
+_REGISTER_SWITCH = Struct("<B3xI")
+_RANGE = Struct("<QQ")
+_MSR = Struct("<I4xQ")
+
+_COMMANDS: dict[int, Callable[[SimulatedKernel, _Vcpu, bytes], bytes | int]] = {
+    Command.GET_VERSION: SimulatedKernel._get_version,
+    Command.CHECK_COMMAND: SimulatedKernel._check_command,
+    Command.CHECK_EVENT: SimulatedKernel._check_event,
+    Command.GET_GUEST_INFO: SimulatedKernel._guest_info,
+    Command.GET_VCPU_INFO: SimulatedKernel._vcpu_info,
+    Command.PAUSE_VCPU: SimulatedKernel._pause,
+    Command.CONTROL_VM_EVENTS: SimulatedKernel._control_vm_events,
+    Command.CONTROL_EVENTS: SimulatedKernel._control_events,
+    Command.CONTROL_CR: SimulatedKernel._control_cr,
+    Command.GET_REGISTERS: SimulatedKernel._get_registers,
+    Command.SET_REGISTERS: SimulatedKernel._set_registers,
+    Command.READ_PHYSICAL: SimulatedKernel._read_physical,
+    Command.WRITE_PHYSICAL: SimulatedKernel._write_physical,
+    Command.CONTROL_CMD_RESPONSE: SimulatedKernel._control_cmd_response,
+    Command.GET_MAX_GFN: SimulatedKernel._max_gfn,
+}
+
+
+def _changes(waiting: _Waiting, action: int, own: bytes) -> bool:
+    """Whether a reply changes what the guest does: another value, its handling skipped, or its end."""
+    if waiting.event in (EventId.CR, EventId.MSR) and own != waiting.own[16:24]:
+        return True
+    skips = action == Action.RETRY and waiting.event in (EventId.BREAKPOINT, EventId.DESCRIPTOR)
+    return skips or action == Action.CRASH
+
+
+def _u16(payload: bytes) -> int:
+    return int.from_bytes(payload[:2], "little")
+
+
+def next_reply(replies: SimpleQueue[Reply | None], timeout: float = 5.0) -> Reply | None:
+    """The reply to an event that was fired; None if the session ended instead.
+
+    :raise TimeoutError: there is none.
+    """
+    try:
+        return replies.get(timeout=timeout)
+    except Empty:
+        raise TimeoutError("no reply to the event") from None
