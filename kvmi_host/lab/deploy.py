@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What of this tree goes to a host under test, as one tar stream: package, command, guest images, hardware suite."""
+
+from __future__ import annotations
+
+import io
+import py_compile
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from kvmi_host.lab import cache
+
+TOP = PurePosixPath("/opt/kvmi-host")
+"""The folder on the host that holds all of it."""
+
+_LAUNCHER = f"""#!/bin/sh
+# SPDX-License-Identifier: LGPL-2.1-or-later
+PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"
+"""
+
+SCRIPT = f"""set -e
+mkdir -p {TOP}
+rm -rf {TOP}/lib {TOP}/tests {TOP}/images {TOP}/deployed
+tar -x --no-same-owner -C /
+for kernel in /boot/vmlinuz-*; do ln -sf "$kernel" {TOP}/images/linux.vmlinuz; done
+"""
+"""What unpacks the stream there."""
+
+
+def _contents(root: Path, guests: Mapping[str, Path]) -> Iterator[tuple[PurePosixPath, Path]]:
+    """Each file with its path on the host."""
+    for tree, place in ((root / "kvmi_host", TOP / "lib" / "kvmi_host"), (root / "tests/hardware", TOP / "tests/hardware")):
+        if tree.is_dir():
+            for file in cache.files(tree):
+                yield place / file.relative_to(tree).as_posix(), file
+    for name, file in guests.items():
+        yield TOP / "images" / name, file
+
+
+def fingerprint(root: Path, guests: Mapping[str, Path]) -> str:
+    """What tells one deployment from another."""
+    parts: list[str | Path] = [_LAUNCHER, SCRIPT]
+    for place, file in _contents(root, guests):
+        parts += [str(place), file]
+    return cache.digest(*parts)
+
+
+def _compiled(file: Path, place: PurePosixPath) -> bytes | None:
+    """Bytecode that is used without a look at the source's time: starting Python costs seconds in the box."""
+    with tempfile.NamedTemporaryFile(suffix=".pyc") as output:
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        try:
+            py_compile.compile(str(file), output.name, str(place), doraise=True, invalidation_mode=mode)
+        except py_compile.PyCompileError:
+            return None
+        return Path(output.name).read_bytes()
+
+
+def archive(root: Path, guests: Mapping[str, Path]) -> bytes:
+    """The tar stream for :data:`SCRIPT`.
+
+    :param root: the source tree.
+    :param guests: files of guest images by their name on the host.
+    """
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+
+        def add(place: PurePosixPath, data: bytes, mode: int = 0o644) -> None:
+            member = tarfile.TarInfo(str(place.relative_to("/")))
+            member.size, member.mode = len(data), mode
+            tar.addfile(member, io.BytesIO(data))
+
+        add(PurePosixPath("/usr/local/bin/kvmi-host"), _LAUNCHER.encode(), 0o755)
+        for place, file in _contents(root, guests):
+            add(place, file.read_bytes())
+            if place.suffix == ".py" and (code := _compiled(file, place)):
+                add(place.parent / "__pycache__" / f"{place.stem}.cpython-311.pyc", code)
+    return stream.getvalue()

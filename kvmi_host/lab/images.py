@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the host in a box is started from, built by the recipes in ``vm-images/`` and ``kernel/`` and cached."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmi_host.lab import cache
+from kvmi_host.lab.errors import LabError, LabHostError
+from kvmi_host.lab.paths import program, project_root
+from kvmi_host.lab.progress import build
+
+STOCK = "stock"
+"""In place of a folder of modules: Debian's own KVM, which knows no introspection."""
+
+
+@dataclass(frozen=True)
+class HostImage:
+    """The disk of the host in a box with its kernel and the keys that open it: the folder that its recipe wrote."""
+
+    path: Path
+
+    @property
+    def disk(self) -> Path:
+        """The root file system, never written."""
+        return self.path / "root.img"
+
+    @property
+    def kernel(self) -> Path:
+        """The kernel, as QEMU starts it."""
+        return self.path / "vmlinuz"
+
+    @property
+    def release(self) -> str:
+        """The kernel's release, as ``uname -r`` says it."""
+        return (self.path / "release").read_text().strip()
+
+    @property
+    def key(self) -> Path:
+        """The private SSH key of its root user."""
+        return self.path / "id_ed25519"
+
+    @property
+    def known_hosts(self) -> Path:
+        """Its own public SSH key, under the name ``kvmi-lab``."""
+        return self.path / "known_hosts"
+
+
+def _version_key(path: Path) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", path.name)]
+
+
+def kernel_release() -> str:
+    """The kernel that modules can be built for here: the newest Debian 12 cloud kernel whose headers are installed.
+
+    :raise LabHostError: without any.
+    """
+    headers = sorted(Path("/usr/src").glob("linux-headers-6.1.*-cloud-amd64"), key=_version_key)
+    if not headers:
+        raise LabHostError("no kernel headers in /usr/src: run ci/setup, or apt-get install linux-headers-cloud-amd64")
+    return headers[-1].name.removeprefix("linux-headers-")
+
+
+def _package_version(package: str) -> str:
+    shown = subprocess.run(["dpkg-query", "-W", "-f", "${Version}", package], capture_output=True, text=True)
+    return shown.stdout
+
+
+def host_image() -> HostImage:
+    """The host's disk, built if its recipe or the kernel changed since (about a minute, from the network)."""
+    release = kernel_release()
+    recipe = project_root() / "vm-images" / "lab-host"
+    lock = project_root() / "ci" / "requirements.lock"
+    parts = [recipe / name for name in ("build", "packages", "python-packages", "masked-units", "root")]
+    key = cache.digest(*parts, lock, release, _package_version(f"linux-headers-{release}"))
+
+    def make(out: Path) -> None:
+        if os.geteuid() != 0:
+            raise LabHostError("the host in a box is built with mmdebstrap as root: run this as root, or with sudo")
+        program("mmdebstrap", "mmdebstrap")
+        env = {"KVMI_KERNEL_RELEASE": release, "KVMI_PYTHON": sys.executable}
+        build("building the disk of the host in a box", [recipe / "build", out], env)
+
+    return HostImage(cache.entry("host", key, make))
+
+
+def kvm_modules(source: str | None) -> Path | None:
+    """The folder with ``kvm.ko`` and ``kvm-amd.ko`` to load.
+
+    :param source: a folder, :data:`STOCK`, or None for the modules of this tree, which ``kernel/build`` makes.
+    :return: None for the stock ones.
+    """
+    source = source or os.environ.get("KVMI_LAB_MODULES")
+    if source == STOCK:
+        return None
+    if source is None:
+        builder = project_root() / "kernel" / "build"
+        if not builder.is_file():
+            raise LabHostError(f"{builder} is not there to build KVM's modules: --modules names others")
+        lines = build("building KVM's modules", [builder], {"KVMI_KERNEL_RELEASE": kernel_release()}).splitlines()
+        source = lines[-1] if lines else ""
+    folder = Path(source)
+    for module in ("kvm.ko", "kvm-amd.ko"):
+        if not (folder / module).is_file():
+            raise LabError(f"no {module} in {folder or 'the output of kernel/build'}: the host in a box cannot load it")
+    return folder
+
+
+def initrd(image: HostImage, modules: Path | None) -> Path:
+    """The initramfs that loads these modules (None: the stock ones) in the host."""
+    recipe = project_root() / "vm-images" / "lab-host" / "initrd"
+    folder = modules or image.path / "kvm-modules"
+    parameters = ["introspection=1"] if modules else []
+    busybox = program("busybox", "busybox-static")
+    key = cache.digest(recipe, image.path.name, folder / "kvm.ko", folder / "kvm-amd.ko", busybox, *parameters)
+
+    def make(out: Path) -> None:
+        program("cpio", "cpio")
+        program("strip", "binutils")
+        build("building the initramfs", [recipe / "build", image.path, folder, out / "initrd", *parameters])
+
+    return cache.entry("initrd", key, make, keep=3) / "initrd"
+
+
+def guest_images() -> dict[str, Path]:
+    """The files of the guest images of this tree, each under the name that it has in the box.
+
+    A file that is not called after its guest gets the guest's name in front: ``linux/initrd`` is ``linux.initrd``.
+    """
+    found: dict[str, Path] = {}
+    for builder in sorted((project_root() / "vm-images" / "guests").glob("*/build")):
+        guest = builder.parent.name
+
+        def make(out: Path, builder: Path = builder, guest: str = guest) -> None:
+            build(f"building the guest image {guest}", [builder, out])
+
+        folder = cache.entry(f"guest_{guest}", cache.digest(builder.parent, _package_version("busybox-static")), make)
+        for file in cache.files(folder):
+            found[file.name if file.name.startswith(guest) else f"{guest}.{file.name}"] = file
+    return found
+
+
+def qemu_version(qemu: str) -> str:
+    """What ``qemu-system-x86_64 --version`` says: saved state is good for that version only."""
+    argv: Sequence[str] = [qemu, "--version"]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()[0]

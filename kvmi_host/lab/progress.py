@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Saying what takes its time, on standard error: a line that lives on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from kvmi_host.lab.errors import LabError
+
+_console = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def step(what: str) -> Iterator[Callable[[str], None]]:
+    """Show that something is going on while the block runs, and how long it took.
+
+    :param what: what is being done, as in "booting the host in a box".
+    :return: a function that shows a detail beside it, where there is a terminal to show it on.
+    """
+    began = time.monotonic()
+    if _console.is_terminal:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("{task.fields[detail]}")
+        with Progress(*columns, console=_console, transient=True) as progress:
+            task = progress.add_task(escape(what), detail="")
+            yield lambda detail: progress.update(task, detail=f"[dim]{escape(detail[:60])}[/dim]")
+    else:
+        _console.print(f"{escape(what)} ...", soft_wrap=True)
+        yield lambda detail: None
+    _console.print(f"{escape(what)}: {time.monotonic() - began:.1f} s", soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Tell the user one thing that matters to them."""
+    _console.print(escape(message), soft_wrap=True)
+
+
+def tail(path: Path, lines: int = 30) -> str:
+    """The last lines of a log, for an error message."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError as error:
+        return f"(no log: {error})"
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def build(what: str, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> str:
+    """Run a program that makes something, showing its last word from standard error.
+
+    :param env: what to add to the environment.
+    :return: its standard output.
+    :raise LabError: when it fails; with the end of what it said.
+    """
+    with step(what) as detail, tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            argv,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        said: list[str] = []
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                said.append(line.rstrip())
+                detail(line.strip())
+            status = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+        output.seek(0)
+        result = output.read()
+    if status:
+        last = "\n".join(said[-30:])
+        raise LabError(f"{what} failed: {argv[0]} ended with status {status}. The last it said:\n{last}")
+    return result

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Commands on a host over one SSH connection that stays open, to a host whose key is known beforehand."""
+
+from __future__ import annotations
+
+import select
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import paramiko
+
+from kvmi_host.lab.errors import LabError
+
+
+class Shell:
+    """An SSH connection.
+
+    :param port: where 127.0.0.1 leads to the host's SSH server.
+    :param key: the private key's file.
+    :param known_hosts: a file with the host's own key; any other key is refused.
+    :param deadline: seconds until the host must have let us in.
+    :raise LabError: when it does not.
+    """
+
+    def __init__(self, port: int, key: Path, known_hosts: Path, deadline: float = 30) -> None:
+        name, kind, blob = known_hosts.read_text().split()[:3]
+        until = time.monotonic() + deadline
+        try:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=deadline)
+            self._transport = paramiko.Transport(connection)
+            self._transport.banner_timeout = self._transport.auth_timeout = deadline
+            self._transport.start_client(timeout=max(1.0, until - time.monotonic()))
+            theirs = self._transport.get_remote_server_key()
+            if (theirs.get_name(), theirs.get_base64()) != (kind, blob):
+                raise LabError(f"what answers on port {port} is not {name}: its SSH key is another. Not connecting")
+            self._transport.auth_publickey("root", paramiko.Ed25519Key.from_private_key_file(str(key)))
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            self.close()
+            raise LabError(f"no SSH connection to {name} on port {port} within {deadline:.0f} s: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the connection."""
+        if hasattr(self, "_transport"):
+            self._transport.close()
+
+    def run(
+        self,
+        argv: Sequence[str] | str,
+        *,
+        input: bytes | None = None,
+        deadline: float = 120,
+        check: bool = True,
+        on_output: Callable[[str], None] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command there and wait until it ends.
+
+        :param argv: program and arguments, or a line for the shell.
+        :param input: what it reads from standard input.
+        :param deadline: seconds that it may take.
+        :param check: whether an exit status other than 0 is an error.
+        :param on_output: called with each piece of output, of both streams, as it comes.
+        :raise LabError: when the connection breaks, the deadline passes, or (with ``check``) the command fails.
+        """
+        line = argv if isinstance(argv, str) else shlex.join(argv)
+        until = time.monotonic() + deadline
+        collected = bytearray(), bytearray()
+        try:
+            with self._transport.open_session(timeout=deadline) as channel:
+                channel.settimeout(deadline)
+                channel.exec_command(line)
+                if input is not None:
+                    channel.sendall(input)
+                channel.shutdown_write()
+                while True:
+                    # Asked before reading: what came before the end is read below.
+                    ended = channel.eof_received
+                    for ready, receive, into in (
+                        (channel.recv_ready, channel.recv, collected[0]),
+                        (channel.recv_stderr_ready, channel.recv_stderr, collected[1]),
+                    ):
+                        while ready():
+                            piece = receive(65536)
+                            into += piece
+                            if on_output:
+                                on_output(piece.decode(errors="replace"))
+                    left = until - time.monotonic()
+                    if ended and channel.status_event.wait(max(0.0, left)):
+                        break
+                    if left <= 0:
+                        raise LabError(f"`{line}` did not end within {deadline:.0f} s{_said(collected[1])}")
+                    select.select([channel], [], [], left)
+                status = channel.recv_exit_status()
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise LabError(f"the SSH connection broke during `{line}`: {type(error).__name__}: {error}") from error
+        stdout, stderr = (stream.decode(errors="replace") for stream in collected)
+        if check and status:
+            raise LabError(f"`{line}` failed with status {status}{_said(collected[1] or collected[0])}")
+        return subprocess.CompletedProcess(line, status, stdout, stderr)
+
+
+def _said(stream: bytearray) -> str:
+    """The end of a command's output for an error message."""
+    text = stream.decode(errors="replace").strip()
+    return ": " + "\n".join(text.splitlines()[-20:]) if text else ", and it said nothing"
