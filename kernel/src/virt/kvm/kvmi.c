@@ -1,0 +1,611 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * KVM introspection: sessions, vCPU jobs, waiting for a reply.
+ */
+#define pr_fmt(fmt) "kvmi: " fmt
+
+#include <linux/capability.h>
+#include <linux/file.h>
+#include <linux/kthread.h>
+#include <linux/module.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include <linux/smp.h>
+#include <linux/uaccess.h>
+#include <net/sock.h>
+#include "kvmi_int.h"
+
+static bool introspection;
+module_param(introspection, bool, 0644);
+MODULE_PARM_DESC(introspection, "Let a privileged process introspect VMs");
+
+int kvmi_capability(void)
+{
+	return READ_ONCE(introspection) ? KVMI_VERSION : 0;
+}
+
+void kvmi_init_vm(struct kvm *kvm)
+{
+	mutex_init(&kvm->kvmi.lock);
+}
+
+/* ---- sessions ---- */
+
+struct kvmi *kvmi_get(struct kvm *kvm)
+{
+	struct kvmi *kvmi;
+
+	rcu_read_lock();
+	kvmi = rcu_dereference(kvm->kvmi.session);
+	if (kvmi && !refcount_inc_not_zero(&kvmi->refs))
+		kvmi = NULL;
+	rcu_read_unlock();
+
+	return kvmi;
+}
+
+static void kvmi_free_vcpu(struct kvmi_vcpu *iv)
+{
+	struct kvmi_job *job, *next;
+
+	list_for_each_entry_safe(job, next, &iv->jobs, link)
+		kfree(job);
+	kfree(iv);
+}
+
+void kvmi_put(struct kvmi *kvmi)
+{
+	struct kvmi_vcpu *iv;
+	unsigned long idx;
+
+	if (!refcount_dec_and_test(&kvmi->refs))
+		return;
+
+	xa_for_each(&kvmi->vcpus, idx, iv)
+		kvmi_free_vcpu(iv);
+	xa_destroy(&kvmi->vcpus);
+	sockfd_put(kvmi->sock);
+	kvfree_rcu(kvmi, rcu);
+}
+
+/* Makes the receiving thread end the session, soon. */
+void kvmi_shutdown(struct kvmi *kvmi)
+{
+	kernel_sock_shutdown(kvmi->sock, SHUT_RDWR);
+}
+
+/* Returns NULL if there is no memory. */
+struct kvmi_vcpu *kvmi_vcpu_state(struct kvmi *kvmi, struct kvm_vcpu *vcpu)
+{
+	struct kvmi_vcpu *iv, *other;
+
+	iv = xa_load(&kvmi->vcpus, vcpu->vcpu_idx);
+	if (iv)
+		return iv;
+
+	iv = kzalloc(sizeof(*iv), GFP_KERNEL_ACCOUNT);
+	if (!iv)
+		return NULL;
+	spin_lock_init(&iv->lock);
+	INIT_LIST_HEAD(&iv->jobs);
+	init_waitqueue_head(&iv->wq);
+
+	other = xa_cmpxchg(&kvmi->vcpus, vcpu->vcpu_idx, NULL, iv,
+			   GFP_KERNEL_ACCOUNT);
+	if (other) {
+		kfree(iv);
+		iv = xa_is_err(other) ? NULL : other;
+	}
+	return iv;
+}
+
+static void kvmi_ack_kick(void *unused)
+{
+}
+
+/* Brings the vCPU's thread to kvmi_handle_request() if it runs or sleeps. */
+static void kvmi_kick(struct kvm_vcpu *vcpu, bool wait)
+{
+	int cpu;
+
+	/* In this order: an unblocked thread must find the first request. */
+	kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+	kvm_make_request(KVM_REQ_UNBLOCK, vcpu);
+	kvm_vcpu_kick(vcpu);
+
+	if (!wait)
+		return;
+
+	/* The interrupt is taken outside of guest mode only. */
+	cpu = READ_ONCE(vcpu->cpu);
+	if (cpu >= 0 && READ_ONCE(vcpu->mode) != OUTSIDE_GUEST_MODE)
+		smp_call_function_single(cpu, kvmi_ack_kick, NULL, 1);
+}
+
+static void kvmi_end(struct kvmi *kvmi)
+{
+	struct kvm *kvm = kvmi->kvm;
+	struct kvmi_vcpu *iv;
+	struct kvm_vcpu *vcpu;
+	unsigned long idx;
+
+	WRITE_ONCE(kvmi->ended, true);
+
+	mutex_lock(&kvm->kvmi.lock);
+	rcu_assign_pointer(kvm->kvmi.session, NULL);
+	mutex_unlock(&kvm->kvmi.lock);
+
+	kvmi_shutdown(kvmi);
+
+	/* Waiting vCPUs go on as if told to continue, */
+	xa_for_each(&kvmi->vcpus, idx, iv)
+		wake_up_all(&iv->wq);
+	/* and all of them give up what they intercept for the introspector. */
+	kvm_for_each_vcpu(idx, vcpu, kvm)
+		kvmi_kick(vcpu, false);
+
+	complete_all(&kvmi->done);
+}
+
+static int kvmi_receiver(void *arg)
+{
+	struct kvmi *kvmi = arg;
+	struct kvm *kvm = kvmi->kvm;
+
+	while (kvmi_receive(kvmi))
+		;
+
+	kvmi_end(kvmi);
+	kvmi_put(kvmi);
+	kvm_put_kvm(kvm);
+	module_put_and_kthread_exit(0);
+}
+
+/*
+ * A session whose peer has closed the socket is over, even if its receiving
+ * thread has not come round to it: hooking again must not depend on that.
+ */
+static bool kvmi_peer_is_gone(struct kvmi *kvmi)
+{
+	return READ_ONCE(kvmi->sock->sk->sk_shutdown) & RCV_SHUTDOWN;
+}
+
+/* Returns 0 with kvm->kvmi.lock held and no session on the VM. */
+static int kvmi_lock_unhooked(struct kvm *kvm)
+{
+	struct kvmi *old;
+	int err;
+
+	for (;;) {
+		if (mutex_lock_killable(&kvm->kvmi.lock))
+			return -EINTR;
+		old = kvmi_get(kvm);
+		if (!old)
+			return 0;
+		mutex_unlock(&kvm->kvmi.lock);
+
+		err = -EEXIST;
+		if (kvmi_peer_is_gone(old))
+			err = wait_for_completion_killable(&old->done);
+		kvmi_put(old);
+		if (err)
+			return err;
+	}
+}
+
+static struct socket *kvmi_get_socket(int fd)
+{
+	struct socket *sock;
+	int err;
+
+	sock = sockfd_lookup(fd, &err);
+	if (!sock)
+		return ERR_PTR(-EINVAL);
+
+	err = 0;
+	if (sock->type != SOCK_STREAM)
+		err = -EINVAL;
+	else if (sock->state != SS_CONNECTED)
+		err = -ENOTCONN;
+	if (err) {
+		sockfd_put(sock);
+		return ERR_PTR(err);
+	}
+	return sock;
+}
+
+static struct kvmi *kvmi_alloc(struct kvm *kvm,
+			       const struct kvm_introspection_hook *hook)
+{
+	struct kvmi *kvmi;
+	struct socket *sock;
+
+	sock = kvmi_get_socket(hook->fd);
+	if (IS_ERR(sock))
+		return ERR_CAST(sock);
+
+	kvmi = kvzalloc(sizeof(*kvmi), GFP_KERNEL_ACCOUNT);
+	if (!kvmi) {
+		sockfd_put(sock);
+		return ERR_PTR(-ENOMEM);
+	}
+
+	refcount_set(&kvmi->refs, 1);
+	kvmi->kvm = kvm;
+	kvmi->sock = sock;
+	import_uuid(&kvmi->uuid, hook->uuid);
+	kvmi->observe = hook->flags & KVM_INTROSPECTION_OBSERVE;
+	init_completion(&kvmi->done);
+	mutex_init(&kvmi->send_lock);
+	xa_init(&kvmi->vcpus);
+	set_bit(KVMI_GET_VERSION, kvmi->cmd_allowed);
+	set_bit(KVMI_CHECK_COMMAND, kvmi->cmd_allowed);
+	set_bit(KVMI_CHECK_EVENT, kvmi->cmd_allowed);
+
+	return kvmi;
+}
+
+static int kvmi_hook(struct kvm *kvm, const void __user *argp)
+{
+	struct kvm_introspection_hook hook;
+	struct task_struct *receiver;
+	struct kvmi *kvmi;
+	int err;
+
+	if (!READ_ONCE(introspection))
+		return -EPERM;
+	if (copy_from_user(&hook, argp, sizeof(hook)))
+		return -EFAULT;
+	if (hook.flags & ~KVM_INTROSPECTION_OBSERVE)
+		return -EINVAL;
+
+	kvmi = kvmi_alloc(kvm, &hook);
+	if (IS_ERR(kvmi))
+		return PTR_ERR(kvmi);
+
+	err = kvmi_lock_unhooked(kvm);
+	if (err)
+		goto out_put;
+
+	receiver = kthread_create(kvmi_receiver, kvmi, "kvmi-%d",
+				  kvm->userspace_pid);
+	if (IS_ERR(receiver)) {
+		err = PTR_ERR(receiver);
+		goto out_unlock;
+	}
+
+	/* The reference made by kvmi_alloc() is the receiving thread's now. */
+	kvm_get_kvm(kvm);
+	__module_get(THIS_MODULE);
+	rcu_assign_pointer(kvm->kvmi.session, kvmi);
+	wake_up_process(receiver);
+	mutex_unlock(&kvm->kvmi.lock);
+
+	return 0;
+
+out_unlock:
+	mutex_unlock(&kvm->kvmi.lock);
+out_put:
+	kvmi_put(kvmi);
+	return err;
+}
+
+static int kvmi_allow(const struct kvm_introspection_feature *feature,
+		      unsigned long *allowed, unsigned int count,
+		      int (*check)(struct kvmi *kvmi, unsigned int id,
+				   bool allow),
+		      struct kvmi *kvmi)
+{
+	unsigned int id;
+	int err;
+
+	if (feature->allow > 1 || feature->id < -1 ||
+	    feature->id >= (s32)count)
+		return -EINVAL;
+
+	for (id = 0; id < count; id++) {
+		if (feature->id != -1 && feature->id != id)
+			continue;
+		err = check(kvmi, id, feature->allow);
+		if (err && feature->id != -1)
+			return err;
+		if (!err)
+			assign_bit(id, allowed, feature->allow);
+	}
+	return 0;
+}
+
+static int kvmi_check_allow_command(struct kvmi *kvmi, unsigned int id,
+				    bool allow)
+{
+	if (!kvmi_command_served(id))
+		return -EOPNOTSUPP;
+	if (id == KVMI_GET_VERSION || id == KVMI_CHECK_COMMAND ||
+	    id == KVMI_CHECK_EVENT)
+		return allow ? 0 : -EPERM;
+	if (allow && kvmi->observe && kvmi_command_changes_guest(id))
+		return -EPERM;
+	return 0;
+}
+
+static int kvmi_check_allow_event(struct kvmi *kvmi, unsigned int id,
+				  bool allow)
+{
+	return kvmi_event_served(id) ? 0 : -EOPNOTSUPP;
+}
+
+static int kvmi_force_unhook(struct kvmi *kvmi)
+{
+	kvmi_shutdown(kvmi);
+	return wait_for_completion_killable(&kvmi->done);
+}
+
+bool kvmi_is_ioctl(unsigned int ioctl)
+{
+	switch (ioctl) {
+	case KVM_INTROSPECTION_HOOK:
+	case KVM_INTROSPECTION_UNHOOK:
+	case KVM_INTROSPECTION_FORCE_UNHOOK:
+	case KVM_INTROSPECTION_COMMAND:
+	case KVM_INTROSPECTION_EVENT:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/* Unlike other VM ioctls, these are open to a privileged stranger. */
+long kvmi_vm_ioctl(struct kvm *kvm, unsigned int ioctl, void __user *argp)
+{
+	struct kvm_introspection_feature feature = {};
+	struct kvmi *kvmi;
+	int err;
+
+	if (kvm->mm != current->mm && !capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	if (kvm->vm_dead)
+		return -EIO;
+
+	if (ioctl == KVM_INTROSPECTION_HOOK)
+		return kvmi_hook(kvm, argp);
+
+	if (ioctl == KVM_INTROSPECTION_COMMAND ||
+	    ioctl == KVM_INTROSPECTION_EVENT)
+		if (copy_from_user(&feature, argp, sizeof(feature)))
+			return -EFAULT;
+
+	kvmi = kvmi_get(kvm);
+	if (!kvmi)
+		return -EFAULT;
+
+	switch (ioctl) {
+	case KVM_INTROSPECTION_UNHOOK:
+		err = kvmi_event_unhook(kvmi);
+		break;
+	case KVM_INTROSPECTION_FORCE_UNHOOK:
+		err = kvmi_force_unhook(kvmi);
+		break;
+	case KVM_INTROSPECTION_COMMAND:
+		err = kvmi_allow(&feature, kvmi->cmd_allowed, KVMI_NUM_MESSAGES,
+				 kvmi_check_allow_command, kvmi);
+		break;
+	case KVM_INTROSPECTION_EVENT:
+		err = kvmi_allow(&feature, kvmi->event_allowed, KVMI_NUM_EVENTS,
+				 kvmi_check_allow_event, kvmi);
+		break;
+	default:
+		err = -ENOTTY;
+	}
+
+	kvmi_put(kvmi);
+	return err;
+}
+
+/* The VM's file descriptor is gone: so is its VMM, or soon. */
+void kvmi_release_vm(struct kvm *kvm)
+{
+	struct kvmi *kvmi = kvmi_get(kvm);
+
+	if (kvmi) {
+		kvmi_shutdown(kvmi);
+		kvmi_put(kvmi);
+	}
+}
+
+/* ---- vCPUs ---- */
+
+/* A vCPU of a hooked VM may have to announce itself when it first runs. */
+void kvmi_vcpu_created(struct kvm_vcpu *vcpu)
+{
+	if (rcu_access_pointer(vcpu->kvm->kvmi.session))
+		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+}
+
+void kvmi_announce_vcpus(struct kvmi *kvmi)
+{
+	struct kvm_vcpu *vcpu;
+	unsigned long idx;
+
+	kvm_for_each_vcpu(idx, vcpu, kvmi->kvm)
+		kvmi_kick(vcpu, false);
+}
+
+bool kvmi_event_on(struct kvmi *kvmi, struct kvmi_vcpu *iv, unsigned int id)
+{
+	return test_bit(id, kvmi->event_allowed) &&
+	       (test_bit(id, kvmi->vm_events) || test_bit(id, iv->events));
+}
+
+/* Takes over @job if it succeeds. */
+int kvmi_add_job(struct kvmi *kvmi, struct kvm_vcpu *vcpu, struct kvmi_job *job)
+{
+	struct kvmi_vcpu *iv = kvmi_vcpu_state(kvmi, vcpu);
+	int err = 0;
+
+	if (!iv)
+		return -ENOMEM;
+
+	spin_lock(&iv->lock);
+	if (iv->njobs < KVMI_MAX_JOBS) {
+		list_add_tail(&job->link, &iv->jobs);
+		iv->njobs++;
+	} else {
+		err = -EBUSY;
+	}
+	spin_unlock(&iv->lock);
+
+	if (!err) {
+		wake_up(&iv->wq);
+		kvmi_kick(vcpu, false);
+	}
+	return err;
+}
+
+static struct kvmi_job *kvmi_next_job(struct kvmi_vcpu *iv)
+{
+	struct kvmi_job *job;
+
+	spin_lock(&iv->lock);
+	job = list_first_entry_or_null(&iv->jobs, struct kvmi_job, link);
+	if (job) {
+		list_del(&job->link);
+		iv->njobs--;
+	}
+	spin_unlock(&iv->lock);
+
+	return job;
+}
+
+int kvmi_add_pause(struct kvmi *kvmi, struct kvm_vcpu *vcpu, bool wait)
+{
+	struct kvmi_vcpu *iv = kvmi_vcpu_state(kvmi, vcpu);
+	int err = 0;
+
+	if (!iv)
+		return -ENOMEM;
+
+	spin_lock(&iv->lock);
+	if (iv->pauses < KVMI_MAX_PAUSES)
+		iv->pauses++;
+	else
+		err = -EBUSY;
+	spin_unlock(&iv->lock);
+
+	if (!err)
+		kvmi_kick(vcpu, wait);
+	return err;
+}
+
+static bool kvmi_take_pause(struct kvmi_vcpu *iv)
+{
+	bool owed;
+
+	spin_lock(&iv->lock);
+	owed = iv->pauses;
+	if (owed)
+		iv->pauses--;
+	spin_unlock(&iv->lock);
+
+	return owed;
+}
+
+/* Runs one job; returns false if there was none. */
+static bool kvmi_run_next_job(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+			      struct kvm_vcpu *vcpu)
+{
+	struct kvmi_job *job = kvmi_next_job(iv);
+
+	if (!job)
+		return false;
+	if (kvmi_run_job(kvmi, iv, vcpu, job))
+		kvmi_shutdown(kvmi);
+	kfree(job);
+	return true;
+}
+
+/*
+ * Serves the vCPU's commands until its reply is there. Returns 0 for a valid
+ * reply. What is queued behind the reply is left to kvmi_handle_request().
+ */
+int kvmi_wait_for_reply(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+			struct kvm_vcpu *vcpu)
+{
+	while (iv->waiting) {
+		if (wait_event_killable(iv->wq,
+					!list_empty_careful(&iv->jobs) ||
+					READ_ONCE(kvmi->ended)))
+			return -EINTR;
+		if (READ_ONCE(kvmi->ended))
+			return -ENOTCONN;
+		kvmi_run_next_job(kvmi, iv, vcpu);
+	}
+	return iv->reply.error;
+}
+
+static void kvmi_plain_event(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+			     struct kvm_vcpu *vcpu, unsigned int id)
+{
+	static const struct kvmi_vcpu_reply expect = {
+		.actions = BIT(KVMI_EVENT_ACTION_CONTINUE),
+	};
+
+	kvmi_event(kvmi, iv, vcpu, id, NULL, 0, &expect);
+}
+
+/* One step of what the session wants of this vCPU; false: nothing is left. */
+static bool kvmi_serve(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+		       struct kvm_vcpu *vcpu)
+{
+	if (READ_ONCE(kvmi->ended))
+		return false;
+
+	if (kvmi_run_next_job(kvmi, iv, vcpu))
+		return true;
+
+	if (!iv->announced && kvmi_event_on(kvmi, iv, KVMI_EVENT_CREATE_VCPU)) {
+		iv->announced = true;
+		kvmi_plain_event(kvmi, iv, vcpu, KVMI_EVENT_CREATE_VCPU);
+		return true;
+	}
+
+	/* The last in turn. */
+	if (kvmi_take_pause(iv)) {
+		kvmi_plain_event(kvmi, iv, vcpu, KVMI_EVENT_PAUSE_VCPU);
+		return true;
+	}
+	return false;
+}
+
+/*
+ * KVM_REQ_INTROSPECTION: called by the vCPU's thread between two entries into
+ * the guest, or between two sleeps of a halted one, in the read side of
+ * kvm->srcu.
+ */
+void kvmi_handle_request(struct kvm_vcpu *vcpu)
+{
+	struct kvmi *kvmi = kvmi_get(vcpu->kvm);
+	struct kvmi_vcpu *iv = NULL;
+	unsigned long crs = 0;
+
+	kvmi_arch_finish_regs(vcpu);
+
+	if (kvmi)
+		iv = kvmi_vcpu_state(kvmi, vcpu);
+	if (iv) {
+		while (kvmi_serve(kvmi, iv, vcpu)) {
+			if (!signal_pending(current))
+				continue;
+			/* The VMM wants its thread: the rest comes later. */
+			kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+			break;
+		}
+		/* kvmi_end() makes the request once more, after this. */
+		if (!READ_ONCE(kvmi->ended) &&
+		    kvmi_event_on(kvmi, iv, KVMI_EVENT_CR))
+			crs = iv->cr_writes;
+	}
+	if (crs != vcpu->kvmi.cr_writes)
+		kvmi_arch_intercept_crs(vcpu, crs);
+	if (kvmi)
+		kvmi_put(kvmi);
+}
