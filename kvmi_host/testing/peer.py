@@ -72,13 +72,13 @@ class _Vcpu:
 class SimulatedKernel:
     """The kernel end of one session, served by a thread.
 
-    :ivar introspector: the socket that a :class:`~kvmi_host.introspect.Session` takes.
     :ivar memory: the guest's physical memory.
     :ivar why: what ended the session, once it has.
     """
 
     def __init__(
         self,
+        sock: socket.socket,
         vcpus: int = 1,
         *,
         not_started: Collection[int] = (),
@@ -88,12 +88,13 @@ class SimulatedKernel:
         pages: int = 4,
     ) -> None:
         """
+        :param sock: the kernel's end of a connected stream socket. A duplicate is kept, as the kernel does.
         :param not_started: vCPUs that the guest has not started: their commands are answered -EAGAIN.
         :param commands: allowed besides the three that always are; None allows all.
         :param events: allowed; None allows all.
         :param observe: hooked with the OBSERVE flag.
         """
-        self.introspector, self._sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock = sock.dup()
         self.memory = bytearray(pages * PAGE)
         self.why: str | None = None
         known = frozenset(_COMMANDS)
@@ -117,7 +118,7 @@ class SimulatedKernel:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.end("the test is over")
-        self.introspector.close()
+        self._sock.close()
 
     # -- what a test does in the guest's place
 
