@@ -6,11 +6,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from kvmi_host.protocol.errors import KvmiError
 
 if TYPE_CHECKING:
     from kvmi_host.lab import Box
@@ -25,14 +23,8 @@ app = typer.Typer(
 Name = Annotated[str, typer.Option("--name", help="Which box: each name is a machine of its own.")]
 
 
-def fail(error: KvmiError) -> NoReturn:
-    """Print an error and exit with the status that goes with it."""
-    typer.echo(f"kvmi-host: {error}", err=True)
-    raise typer.Exit(int(getattr(error, "exit_status", 1)))
-
-
 def _box(name: str, modules: str | None = None, cpus: int = 2, memory: int = 2048) -> Box:
-    # Here, not above: other verbs of the command need none of this, and importing takes its time.
+    # Here, not above: `kvmi-host --help` imports this module, and none of what a box needs.
     from kvmi_host.lab import Box
 
     return Box(name, modules, cpus, memory)
@@ -50,12 +42,9 @@ def up(
     memory: Annotated[int, typer.Option(min=1024, help="Memory of the box in MiB.")] = 2048,
 ) -> None:
     """Bring it up: build what is missing, boot it or restore its saved state, deploy this package."""
-    try:
-        box = _box(name, modules, smp, memory)
-        status = box.up(fresh)
-        box.deploy()
-    except KvmiError as error:
-        fail(error)
+    box = _box(name, modules, smp, memory)
+    status = box.up(fresh)
+    box.deploy()
     typer.echo(f"{name} is up: kernel {status.kernel}, ssh on 127.0.0.1:{status.port}, `kvmi-host lab ssh` enters it")
 
 
@@ -71,10 +60,7 @@ def ssh(
     name: Name = "box",
 ) -> None:
     """Run a command in it as root, or an interactive shell."""
-    try:
-        argv = _box(name).ssh_command(*(command or []))
-    except KvmiError as error:
-        fail(error)
+    argv = _box(name).ssh_command(*(command or []))
     os.execv(argv[0], argv)
 
 
@@ -84,16 +70,9 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Say whether it runs, and with what. Exits with 1 when it does not."""
-    try:
-        facts = asdict(_box(name).status())
-    except KvmiError as error:
-        fail(error)
+    facts = asdict(_box(name).status())
     if as_json:
         typer.echo(json.dumps(facts))
         return
     for key, value in facts.items():
         typer.echo(f"{key.replace('_', ' '):16} {value}")
-
-
-if __name__ == "__main__":
-    app()

@@ -199,13 +199,13 @@ class Box:
         self,
         argv: Sequence[str] | str,
         *,
-        input: bytes | None = None,
+        stdin: bytes | None = None,
         deadline: float = 120,
         check: bool = True,
         on_output: Callable[[str], None] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in it as root: see :meth:`kvmi_host.lab.ssh.Shell.run`."""
-        return self.shell().run(argv, input=input, deadline=deadline, check=check, on_output=on_output)
+        return self.shell().run(argv, stdin=stdin, deadline=deadline, check=check, on_output=on_output)
 
     def deploy(self) -> bool:
         """Bring our package, the ``kvmi-host`` command, guest images and the hardware suite there.
@@ -220,7 +220,7 @@ class Box:
             return False
         with step("deploying to the host in a box"):
             script = f"{deploy.SCRIPT}echo {fingerprint} > {marker}"
-            self.run(script, input=deploy.archive(root, guests))
+            self.run(script, stdin=deploy.archive(root, guests))
         return True
 
     # What is kept about it while it runs

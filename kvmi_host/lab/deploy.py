@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import io
 import py_compile
+import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from kvmi_host.lab import cache
+from kvmi_host.lab.images import guest_images
 
 TOP = PurePosixPath("/opt/kvmi-host")
 """The folder on the host that holds all of it."""
@@ -31,12 +34,31 @@ for kernel in /boot/vmlinuz-*; do ln -sf "$kernel" {TOP}/images/linux.vmlinuz; d
 
 def _contents(root: Path, guests: Mapping[str, Path]) -> Iterator[tuple[PurePosixPath, Path]]:
     """Each file with its path on the host."""
-    for tree, place in ((root / "kvmi_host", TOP / "lib" / "kvmi_host"), (root / "tests/hardware", TOP / "tests/hardware")):
-        if tree.is_dir():
-            for file in cache.files(tree):
-                yield place / file.relative_to(tree).as_posix(), file
+    for part, place in (("kvmi_host", "lib/kvmi_host"), ("tests/hardware",) * 2, ("pyproject.toml",) * 2):
+        for file in cache.files(root / part) if (root / part).exists() else ():
+            yield TOP / place / file.relative_to(root / part).as_posix(), file
     for name, file in guests.items():
         yield TOP / "images" / name, file
+
+
+@contextmanager
+def images_here() -> Iterator[None]:
+    """Have the guest images on this machine where a host has them, as long as the block runs."""
+    place = Path(str(TOP / "images"))
+    if place.exists():
+        yield
+        return
+    created = next(parent for parent in (place, *place.parents) if parent.parent.exists())
+    place.mkdir(parents=True)
+    try:
+        for name, file in guest_images().items():
+            (place / name).symlink_to(file)
+        kernels = sorted(Path("/boot").glob("vmlinuz-*"))
+        if kernels:
+            (place / "linux.vmlinuz").symlink_to(kernels[-1])
+        yield
+    finally:
+        shutil.rmtree(created)
 
 
 def fingerprint(root: Path, guests: Mapping[str, Path]) -> str:

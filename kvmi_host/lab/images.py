@@ -103,7 +103,8 @@ def kvm_modules(source: str | None) -> Path | None:
         builder = project_root() / "kernel" / "build"
         if not builder.is_file():
             raise LabHostError(f"{builder} is not there to build KVM's modules: --modules names others")
-        lines = build("building KVM's modules", [builder], {"KVMI_KERNEL_RELEASE": kernel_release()}).splitlines()
+        headers = f"/usr/src/linux-headers-{kernel_release()}"
+        lines = build("building KVM's modules", [builder, "--headers", headers]).splitlines()
         source = lines[-1] if lines else ""
     folder = Path(source)
     for module in ("kvm.ko", "kvm-amd.ko"):

@@ -30,8 +30,8 @@ def step(what: str) -> Iterator[Callable[[str], None]]:
     """
     began = time.monotonic()
     if _console.is_terminal:
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("{task.fields[detail]}")
-        with Progress(*columns, console=_console, transient=True) as progress:
+        text, detail = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
+        with Progress(SpinnerColumn(), text, TimeElapsedColumn(), detail, console=_console, transient=True) as progress:
             task = progress.add_task(escape(what), detail="")
             yield lambda detail: progress.update(task, detail=f"[dim]{escape(detail[:60])}[/dim]")
     else:

@@ -54,7 +54,7 @@ class Shell:
         self,
         argv: Sequence[str] | str,
         *,
-        input: bytes | None = None,
+        stdin: bytes | None = None,
         deadline: float = 120,
         check: bool = True,
         on_output: Callable[[str], None] | None = None,
@@ -62,7 +62,7 @@ class Shell:
         """Run a command there and wait until it ends.
 
         :param argv: program and arguments, or a line for the shell.
-        :param input: what it reads from standard input.
+        :param stdin: what it reads from standard input.
         :param deadline: seconds that it may take.
         :param check: whether an exit status other than 0 is an error.
         :param on_output: called with each piece of output, of both streams, as it comes.
@@ -75,8 +75,8 @@ class Shell:
             with self._transport.open_session(timeout=deadline) as channel:
                 channel.settimeout(deadline)
                 channel.exec_command(line)
-                if input is not None:
-                    channel.sendall(input)
+                if stdin is not None:
+                    channel.sendall(stdin)
                 channel.shutdown_write()
                 while True:
                     # Asked before reading: what came before the end is read below.

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``kvmi-host hwtest``: the hardware suite on a lab host."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(name="hwtest", pretty_exceptions_enable=False)
+
+
+class Host(StrEnum):
+    """Where the suite runs."""
+
+    BOX = "box"
+    LOCAL = "local"
+
+
+@app.command()
+def hwtest(
+    extra: Annotated[list[str] | None, typer.Argument(metavar="[-- PYTEST_ARGUMENT...]", show_default=False)] = None,
+    host: Annotated[
+        Host, typer.Option(envvar="HOST", help="A host in a box of its own, or this machine, as root.")
+    ] = Host.BOX,
+    report: Annotated[Path, typer.Option(help="Folder for junit.xml and kernel logs.")] = Path(
+        "build/hardware"
+    ),
+    expression: Annotated[str | None, typer.Option("-k", metavar="EXPR", help="Which tests, as pytest's -k.")] = None,
+    modules: Annotated[
+        str | None, typer.Option(help="Folder of kvm.ko and kvm-amd.ko for the box. [default: build this tree's]")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="The name of the box.")] = "hwtest",
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the box up, to look around in it.")] = False,
+) -> None:
+    """Run the hardware suite: live vCPUs under KVM with introspection.
+
+    Fails when a test fails, or when the host's kernel complains while they run (WARN, BUG, oops, lockup).
+    """
+    # Here, not above: `kvmi-host --help` imports this module, and none of these.
+    from kvmi_host.lab import Box, suite
+    from kvmi_host.lab.paths import project_root
+
+    if host is Host.LOCAL:
+        raise typer.Exit(suite.here(project_root(), report, expression, extra or []))
+    box = Box(name, modules)
+    try:
+        box.up()
+        status = suite.on_box(box, report, expression, extra or [])
+    finally:
+        if not keep:
+            box.down()
+    raise typer.Exit(status)
