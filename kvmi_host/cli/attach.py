@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from time import monotonic, time_ns
 from typing import Annotated
 
@@ -14,7 +17,7 @@ from kvmi_host.cli.options import Connect, Json, Vm
 from kvmi_host.cli.tally import Tally
 from kvmi_host.cli.view import View, view_for
 from kvmi_host.introspect import SessionClosed, Wanted, Watch, serve
-from kvmi_host.protocol import Event, EventId
+from kvmi_host.protocol import Event, EventId, event_name
 
 app = typer.Typer(add_completion=False)
 
@@ -59,22 +62,29 @@ def attach(
         status = attaching.run_with_session(attaching.find_target(vm, connect), command, rules)
         raise typer.Exit(status if status >= 0 else 1)
     else:
-        with attaching.attach(vm, uri=connect, allow=rules) as attached:
-            _watch(attached, wanted, view_for(as_json), count, duration)
+        with attaching.attach(vm, uri=connect, allow=rules) as attached, _signals() as signalled:
+            _watch(attached, wanted, view_for(as_json), signalled, count, duration)
 
 
-def _watch(attached: attaching.Attached, wanted: Wanted, view: View, count: int | None, duration: float | None) -> None:
+def _watch(
+    attached: attaching.Attached,
+    wanted: Wanted,
+    view: View,
+    signalled: list[str],
+    count: int | None,
+    duration: float | None,
+) -> None:
     session, tally = attached.session, Tally()
     deadline = None if duration is None else monotonic() + duration
-    signalled = _signals()
     view.session(attached.facts)
+    if event_name(EventId.UNHOOK) in attached.facts.events:
+        wanted = replace(wanted, events=wanted.events | {EventId.UNHOOK})  # so that detach can ask us
     try:
-        watch = Watch(session, Wanted(wanted.events | {EventId.UNHOOK}, wanted.control_registers, wanted.pause))
+        watch = Watch(session, wanted)
 
         def handle(event: Event) -> None:
+            tally.enter(event)
             view.event(event, time_ns())
-            if event.event != EventId.UNHOOK:
-                tally.enter(event)
             watch.saw(event)
 
         def idle() -> bool:
@@ -104,9 +114,17 @@ def _watch(attached: attaching.Attached, wanted: Wanted, view: View, count: int 
         raise typer.Exit(1)
 
 
-def _signals() -> list[str]:
-    """A list that gets the name of the signal which asks us to leave. Events are never left unanswered in between."""
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """A list that gets the name of a signal which asks us to leave. No event is left unanswered because of it."""
     names: list[str] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _frame: names.append(signal.Signals(received).name))
-    return names
+
+    def note(number: int, _frame: object) -> None:
+        names.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield names
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
