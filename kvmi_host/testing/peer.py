@@ -25,6 +25,10 @@ _VCPU_HEADER = 8
 _REPLY_MINIMUM = _VCPU_HEADER + 2  # action and event
 _REPLY_COMMON = _VCPU_HEADER + 8
 _OWN_REPLY: dict[int, int] = {EventId.CR: 8, EventId.MSR: 8, EventId.PF: 272}
+_CONTINUE_OR_CRASH = frozenset({Action.CONTINUE, Action.CRASH})
+_ACCEPTED: dict[int, frozenset[Action]] = dict.fromkeys(
+    (EventId.BREAKPOINT, EventId.PF, EventId.DESCRIPTOR), frozenset(Action)
+)
 _VCPU_COMMANDS = frozenset(
     {
         Command.GET_VCPU_INFO,
@@ -204,7 +208,8 @@ class SimulatedKernel:
             if not vcpu.started:
                 self._done(command, seq, ErrorCode.EAGAIN)
                 return
-        outcome = _COMMANDS[command](self, vcpu or self._vcpus[0], payload)
+        carry_out, least = _COMMANDS[command]
+        outcome = carry_out(self, vcpu or self._vcpus[0], payload) if len(payload) >= least else ErrorCode.EINVAL
         if isinstance(outcome, bytes):
             self._done(command, seq, 0, outcome)
         else:
@@ -229,15 +234,18 @@ class SimulatedKernel:
         own = own.ljust(size, b"\0")
         if self._observe and _changes(waiting, action, own):
             raise Violation("event reply that changes the guest, in a session that observes")
+        if action not in _ACCEPTED.get(waiting.event, _CONTINUE_OR_CRASH):
+            action = Action.CONTINUE
         self._vcpus[index].waiting = None
         waiting.replies.put(Reply(action, own))
         self._send_pause(index)
 
     def _vcpu_index(self, payload: bytes) -> int:
-        header = payload[:_VCPU_HEADER].ljust(_VCPU_HEADER, b"\0")
-        if any(header[2:]):
+        if len(payload) < _VCPU_HEADER:
+            raise Violation(f"vCPU header of {len(payload)} bytes")
+        if any(payload[2:_VCPU_HEADER]):
             raise Violation("vCPU header with padding that is not zero")
-        return int.from_bytes(header[:2], "little")
+        return _u16(payload)
 
     def _send_pause(self, index: int) -> None:
         vcpu = self._vcpus[index]
@@ -279,7 +287,9 @@ class SimulatedKernel:
     def _vcpu_info(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
         return _U64.pack(2_000_000_000)
 
-    def _pause(self, vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+    def _pause(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        if payload[0] > 1 or any(payload[1:8]):
+            return ErrorCode.EINVAL
         if EventId.PAUSE_VCPU not in self._events:
             return ErrorCode.EPERM
         if vcpu.pauses >= _MAX_PAUSES:
@@ -294,8 +304,8 @@ class SimulatedKernel:
         return self._switch(vcpu.events, payload, frozenset(EventId) - VM_EVENTS)
 
     def _switch(self, enabled: set[int], payload: bytes, kinds: frozenset[EventId]) -> int:
-        event, enable = _EVENT_SWITCH.unpack_from(payload.ljust(8, b"\0"))
-        if event not in kinds:
+        event, enable, *padding = _EVENT_SWITCH.unpack_from(payload)
+        if event not in kinds or enable > 1 or any(padding):
             return ErrorCode.EINVAL
         if event not in self._events:
             return ErrorCode.EPERM
@@ -303,14 +313,16 @@ class SimulatedKernel:
         return 0
 
     def _control_cr(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:
-        enable, register = _REGISTER_SWITCH.unpack_from(payload.ljust(8, b"\0"))
-        if register not in (0, 3, 4):
+        enable, *padding, register = _REGISTER_SWITCH.unpack_from(payload)
+        if register not in (0, 3, 4) or enable > 1 or any(padding):
             return ErrorCode.EINVAL
         (vcpu.registers.add if enable else vcpu.registers.discard)(register)
         return 0
 
     def _get_registers(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
         count = _u16(payload)
+        if any(payload[2:8]) or len(payload) < 8 + 4 * count:
+            return ErrorCode.EINVAL
         indices = [int.from_bytes(payload[8 + 4 * i : 12 + 4 * i], "little") for i in range(count)]
         entries = b"".join(_MSR.pack(index, index + 1) for index in indices)
         return _U32.pack(8) + bytes(4) + _NO_STATE + _U32.pack(count) + bytes(4) + entries
@@ -330,13 +342,15 @@ class SimulatedKernel:
         return 0
 
     def _range(self, payload: bytes) -> tuple[int, int]:
-        gpa, size = _RANGE.unpack_from(payload.ljust(16, b"\0"))
+        gpa, size = _RANGE.unpack_from(payload)
         if not 1 <= size <= PAGE or gpa % PAGE + size > PAGE:
             raise Violation(f"{size} bytes at {gpa:#x} leave the page")
         return gpa, size
 
     def _control_cmd_response(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
-        enable, now = payload.ljust(2, b"\0")[:2]
+        enable, now, *padding = payload[:8]
+        if enable > 1 or now > 1 or any(padding):
+            return ErrorCode.EINVAL
         self._answers = bool(enable)
         if now:
             self._answer_this = bool(enable)
@@ -350,27 +364,28 @@ _ERROR = Struct("<i4x")
 _U32 = Struct("<I")
 _U64 = Struct("<Q")
 _EVENT = Struct("<HHB3x")
-_EVENT_SWITCH = Struct("<HB5x")
-_REGISTER_SWITCH = Struct("<B3xI")
+_EVENT_SWITCH = Struct("<HBBI")
+_REGISTER_SWITCH = Struct("<BBHI")
 _RANGE = Struct("<QQ")
 _MSR = Struct("<I4xQ")
 
-_COMMANDS: dict[int, Callable[[SimulatedKernel, _Vcpu, bytes], bytes | int]] = {
-    Command.GET_VERSION: SimulatedKernel._get_version,
-    Command.CHECK_COMMAND: SimulatedKernel._check_command,
-    Command.CHECK_EVENT: SimulatedKernel._check_event,
-    Command.GET_GUEST_INFO: SimulatedKernel._guest_info,
-    Command.GET_VCPU_INFO: SimulatedKernel._vcpu_info,
-    Command.PAUSE_VCPU: SimulatedKernel._pause,
-    Command.CONTROL_VM_EVENTS: SimulatedKernel._control_vm_events,
-    Command.CONTROL_EVENTS: SimulatedKernel._control_events,
-    Command.CONTROL_CR: SimulatedKernel._control_cr,
-    Command.GET_REGISTERS: SimulatedKernel._get_registers,
-    Command.SET_REGISTERS: SimulatedKernel._set_registers,
-    Command.READ_PHYSICAL: SimulatedKernel._read_physical,
-    Command.WRITE_PHYSICAL: SimulatedKernel._write_physical,
-    Command.CONTROL_CMD_RESPONSE: SimulatedKernel._control_cmd_response,
-    Command.GET_MAX_GFN: SimulatedKernel._max_gfn,
+# How each is carried out, and the least payload that it takes, without the vCPU header.
+_COMMANDS: dict[int, tuple[Callable[[SimulatedKernel, _Vcpu, bytes], bytes | int], int]] = {
+    Command.GET_VERSION: (SimulatedKernel._get_version, 0),
+    Command.CHECK_COMMAND: (SimulatedKernel._check_command, 8),
+    Command.CHECK_EVENT: (SimulatedKernel._check_event, 8),
+    Command.GET_GUEST_INFO: (SimulatedKernel._guest_info, 0),
+    Command.GET_VCPU_INFO: (SimulatedKernel._vcpu_info, 0),
+    Command.PAUSE_VCPU: (SimulatedKernel._pause, 8),
+    Command.CONTROL_VM_EVENTS: (SimulatedKernel._control_vm_events, 8),
+    Command.CONTROL_EVENTS: (SimulatedKernel._control_events, 8),
+    Command.CONTROL_CR: (SimulatedKernel._control_cr, 8),
+    Command.GET_REGISTERS: (SimulatedKernel._get_registers, 8),
+    Command.SET_REGISTERS: (SimulatedKernel._set_registers, 144),
+    Command.READ_PHYSICAL: (SimulatedKernel._read_physical, 16),
+    Command.WRITE_PHYSICAL: (SimulatedKernel._write_physical, 16),
+    Command.CONTROL_CMD_RESPONSE: (SimulatedKernel._control_cmd_response, 8),
+    Command.GET_MAX_GFN: (SimulatedKernel._max_gfn, 0),
 }
 
 

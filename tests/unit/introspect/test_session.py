@@ -214,6 +214,28 @@ def test_an_invalid_reply_ends_the_session(pair, reply, why):
         session.next_event()
 
 
+@pytest.mark.parametrize("payload", ["", "0000 0000 000000"])
+def test_a_vcpu_command_without_a_whole_vcpu_header_ends_the_session(pair, payload):
+    kernel, session = pair()
+    session.send_raw(frame(Command.GET_VCPU_INFO, 1, bytes.fromhex(payload)))
+    assert "vCPU header" in kernel.wait_ended()
+
+
+@pytest.mark.parametrize("payload", ["0100 02 00 00000000", "0100 01 01 00000000", "0100 01 00 00000001", "0100 01"])
+def test_arguments_that_are_none_are_einval(pair, payload):
+    _, session = pair()
+    with pytest.raises(CommandError) as caught:
+        session.request(Command.CONTROL_EVENTS, bytes.fromhex(payload), vcpu=0)
+    assert caught.value.code is ErrorCode.EINVAL
+
+
+def test_an_action_that_the_event_does_not_accept_is_continue(pair):
+    kernel, session = pair()
+    replies = kernel.fire(EventId.HYPERCALL)
+    session.reply(session.next_event(), Action.RETRY)
+    assert next_reply(replies).action == Action.CONTINUE
+
+
 @pytest.mark.parametrize("common", ["00 05", "00 05 00", "00 05 0000 000000"])
 def test_a_short_reply_of_an_older_introspector_is_accepted(pair, common):
     kernel, session = pair()
