@@ -30,10 +30,13 @@
 	mov %eax, %ss
 	.endm
 
+# FS and GS are not used, but without "unrestricted guest" KVM runs real mode on the CPU only if all segments fit.
 	.code16
 set_segments:
 	mov %eax, %ds
 	mov %eax, %es
+	mov %eax, %fs
+	mov %eax, %gs
 	mov %eax, %ss
 	ret
 
