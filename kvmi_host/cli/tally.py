@@ -8,7 +8,7 @@ from time import monotonic, perf_counter_ns
 from typing import Any
 
 from kvmi_host.introspect import SeqLedger, Session
-from kvmi_host.protocol import Event, event_name
+from kvmi_host.protocol import Event, EventId, event_name
 
 _SAMPLE_EVERY = 16  # events
 _MAX_SAMPLES = 10_000
@@ -36,9 +36,10 @@ class Tally:
         """Count an event."""
         self.events += 1
         self._kinds[event_name(event.event)] += 1
-        self._modes[event.mode] += 1
-        self._vcpus[event.vcpu] += 1
         self._seqs.enter(event.seq)
+        if event.event != EventId.UNHOOK:  # the VM's own: no vCPU sent it
+            self._modes[event.mode] += 1
+            self._vcpus[event.vcpu] += 1
 
     @property
     def sample_due(self) -> bool:

@@ -116,7 +116,9 @@ def test_it_leaves_cleanly_on_a_signal(kernel, number):
 
 def test_it_leaves_when_the_host_asks_with_unhook(kernel):
     kernel.fire(EventId.UNHOOK)
-    assert lines(run("--json"))[-1]["summary"]["ended"] == "unhook"
+    summary = lines(run("--json"))[-1]["summary"]
+    assert (summary["ended"], summary["by_kind"]) == ("unhook", {"unhook": 1})
+    assert (summary["modes"], summary["by_vcpu"]) == ({}, {})
     assert not kernel.enabled(EventId.CR)
 
 
