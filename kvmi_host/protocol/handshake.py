@@ -8,9 +8,7 @@ longer than known is skipped, what is missing is absent. Nothing may be read bey
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import dataclass
-from hashlib import sha1
 from struct import Struct
 from uuid import UUID
 
@@ -75,9 +73,15 @@ def check_answer(data: bytes, cookie: bytes | None) -> None:
     """
     if len(data) < _ANSWER.size:
         raise HandshakeError(f"handshake: {len(data)} bytes end before the field 'cookie_hash'")
-    if not hmac.compare_digest(data[4:24], _digest(cookie)):
+    from hmac import compare_digest  # here, as hashlib below: they load OpenSSL, which most sessions never need
+
+    if not compare_digest(data[4:24], _digest(cookie)):
         raise HandshakeError("handshake: wrong cookie: the introspector and this side have different secrets")
 
 
 def _digest(cookie: bytes | None) -> bytes:
-    return _NO_COOKIE if cookie is None else sha1(cookie, usedforsecurity=False).digest()
+    if cookie is None:
+        return _NO_COOKIE
+    from hashlib import sha1
+
+    return sha1(cookie, usedforsecurity=False).digest()
