@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,23 +22,33 @@ from kvmi_host.lab.errors import LabError
 _console = Console(stderr=True, highlight=False)
 
 
+_NOTABLE = 1.0
+"""Seconds that a step may take without a word about it."""
+
+
 @contextmanager
 def step(what: str) -> Iterator[Callable[[str], None]]:
-    """Show that something is going on while the block runs, and how long it took.
+    """Show that something is going on while the block runs, and how long it took, unless it took no time.
 
     :param what: what is being done, as in "booting the host in a box".
     :return: a function that shows a detail beside it, where there is a terminal to show it on.
     """
     began = time.monotonic()
     if _console.is_terminal:
-        text, detail = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
-        with Progress(SpinnerColumn(), text, TimeElapsedColumn(), detail, console=_console, transient=True) as progress:
+        name, more = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
+        with Progress(SpinnerColumn(), name, TimeElapsedColumn(), more, console=_console, transient=True) as progress:
             task = progress.add_task(escape(what), detail="")
             yield lambda detail: progress.update(task, detail=f"[dim]{escape(detail[:60])}[/dim]")
     else:
-        _console.print(f"{escape(what)} ...", soft_wrap=True)
-        yield lambda detail: None
-    _console.print(f"{escape(what)}: {time.monotonic() - began:.1f} s", soft_wrap=True)
+        announcement = threading.Timer(_NOTABLE, say, [f"{what} ..."])
+        announcement.start()
+        try:
+            yield lambda detail: None
+        finally:
+            announcement.cancel()
+    took = time.monotonic() - began
+    if took > _NOTABLE:
+        say(f"{what}: {took:.1f} s")
 
 
 def say(message: str) -> None:
