@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Live guests for the hardware suite: QEMU under KVM on this host, its serial lines, and what a test does with both."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+from kvmi_host.introspect import Session, SessionClosed
+from kvmi_host.protocol import Event, EventId, Framer, frame
+from kvmi_host.protocol.framing import Frame
+from kvmi_host.testing.modewalk import (
+    DEFAULT_PACE,
+    Actions,
+    Record,
+    Station,
+    actions_address,
+    iterations_address,
+    pace_address,
+    record_address,
+    vcpus_line,
+    want_address,
+)
+
+DEADLINE = 60.0
+"""Seconds that anything may take. An emulated host is 10 to 20 times slower than a real one."""
+
+
+class LiveError(AssertionError):
+    """A live guest did not do in time what the test waits for."""
+
+
+class LiveGuest:
+    """The modewalk guest in a stock QEMU of its own. As a context manager, it is killed at the end."""
+
+    def __init__(self, image: Path, vcpus: int) -> None:
+        self.vcpus = vcpus
+        self._lines: list[str] = []
+        self._grown = threading.Condition()
+        self._process = subprocess.Popen(
+            [
+                *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-smp", str(vcpus), "-m", "32"),
+                *("-nodefaults", "-display", "none", "-serial", "stdio", "-kernel", str(image)),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        return self._process.pid
+
+    @property
+    def name(self) -> str:
+        """The VM, as attach takes it."""
+        return f"pid:{self.pid}"
+
+    def booted(self) -> Self:
+        """Wait until every vCPU has come up."""
+        self.await_line(lambda line: line == vcpus_line(self.vcpus), since=0)
+        return self
+
+    def await_line(self, wanted: Callable[[str], bool], since: int | None = None) -> str:
+        """Wait for a serial line.
+
+        :param since: how many lines to pass over; None: all that have come.
+        :raise LiveError: none came in time; the message has the last lines.
+        """
+        deadline = monotonic() + DEADLINE
+        with self._grown:
+            position = len(self._lines) if since is None else since
+            while True:
+                for line in self._lines[position:]:
+                    if wanted(line):
+                        return line
+                position = len(self._lines)
+                left = deadline - monotonic()
+                if left <= 0 or not self._reader.is_alive():
+                    raise LiveError("the guest has not printed the awaited line; its last ones:\n" + self.tail())
+                self._grown.wait(left)
+
+    def goes_on(self) -> None:
+        """Wait until every vCPU has made progress from now on, as its serial lines tell: "lap" or "held" ones.
+
+        :raise LiveError: one has not.
+        """
+        with self._grown:
+            since = len(self._lines)
+        for vcpu in range(self.vcpus):
+            marks = tuple(f"modewalk: vcpu {vcpu} {word} " for word in ("lap", "held"))
+            self.await_line(lambda line, marks=marks: line.startswith(marks), since)  # type: ignore[misc]
+
+    def wait(self) -> int:
+        """Wait for QEMU's end; its exit status, negative for a signal."""
+        return self._process.wait(DEADLINE)
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """End QEMU. May be called again."""
+        self._process.send_signal(how)
+        self._process.wait(DEADLINE)
+        self._reader.join(DEADLINE)
+
+    def tail(self) -> str:
+        """The last serial lines."""
+        return "\n".join(self._lines[-20:])
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            with self._grown:
+                self._lines.append(line.rstrip("\r\n"))
+                self._grown.notify_all()
+        with self._grown:
+            self._grown.notify_all()
+
+
+def await_end(session: Session) -> None:
+    """Wait until the kernel ends the session; events that were under way are passed over.
+
+    :raise LiveError: it goes on.
+    """
+    try:
+        while session.next_event(DEADLINE):
+            pass
+    except SessionClosed:
+        return
+    raise LiveError("the session goes on")
+
+
+class Wire:
+    """The socket of a session, message by message: for what a well-behaved introspector does not send."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.settimeout(DEADLINE)
+        self._sock = sock
+        self._framer = Framer()
+
+    def send(self, number: int, payload: bytes, seq: int) -> None:
+        """Send one message."""
+        self.send_raw(frame(number, seq, payload))
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self._sock.sendall(data)
+
+    def receive(self) -> Frame:
+        """The next message.
+
+        :raise LiveError: the kernel ended the session.
+        """
+        while (message := self._framer.next_frame()) is None:
+            data = self._sock.recv(65536)
+            if not data:
+                raise LiveError("the session has ended")
+            self._framer.feed(data)
+        return message
+
+
+class Walker:
+    """A session with the modewalk guest: its vCPUs are sent to stations, and their events taken."""
+
+    def __init__(self, session: Session, vcpus: int) -> None:
+        self.session = session
+        self.vcpus = range(vcpus)
+
+    def reset(self) -> None:
+        """Let every vCPU walk, as after boot."""
+        for vcpu in self.vcpus:
+            self.session.write_physical(actions_address(vcpu), bytes([Actions.ALL]))
+            self.session.write_physical(pace_address(vcpu), struct.pack("<I", DEFAULT_PACE))
+            self.session.write_physical(want_address(vcpu), b"\0")
+
+    def record(self, vcpu: int) -> Record:
+        """The guest's own account of a vCPU."""
+        return Record.unpack(self.session.read_physical(record_address(vcpu), 64))
+
+    def hold(self, vcpu: int, station: Station, actions: Actions = Actions.ALL) -> None:
+        """Have a vCPU stay at a station, and wait until it goes round there. No event of it may be enabled yet."""
+        self.session.write_physical(actions_address(vcpu), bytes([actions]))
+        self.session.write_physical(want_address(vcpu), bytes([station]))
+        self.await_record(vcpu, lambda record: record.at is station)
+        # The iteration that was under way may still be of another station or with other actions.
+        begun = self.record(vcpu).iterations
+        self.await_record(vcpu, lambda record: record.at is station and record.iterations >= begun + 2)
+
+    def await_record(self, vcpu: int, wanted: Callable[[Record], bool]) -> Record:
+        """Read a vCPU's record until it is as wanted.
+
+        :raise LiveError: it was not, in time.
+        """
+        deadline = monotonic() + DEADLINE
+        while not wanted(record := self.record(vcpu)):
+            if monotonic() > deadline:
+                raise LiveError(f"vCPU {vcpu} has not come to what the test waits for: {record}")
+        return record
+
+    def advances(self, vcpu: int) -> None:
+        """Wait until a vCPU has gone round again."""
+        before = self.record(vcpu).iterations
+        self.await_record(vcpu, lambda record: record.iterations > before)
+
+    def enable(self, event: EventId, *vcpus: int, cr: int | None = None) -> None:
+        """Enable an event on these vCPUs; all of them if none is named."""
+        for vcpu in vcpus or self.vcpus:
+            self.session.control_events(vcpu, event, True)
+            if cr is not None:
+                self.session.control_cr(vcpu, cr, True)
+
+    def event(self) -> Event:
+        """The next event. Its vCPU waits for the reply.
+
+        :raise LiveError: none came in time.
+        """
+        event = self.session.next_event(DEADLINE)
+        if event is None:
+            raise LiveError("no event came")
+        return event
+
+    def answered(self, count: int) -> Iterator[Event]:
+        """The next `count` events; each is replied to when the next one is asked for."""
+        for _ in range(count):
+            event = self.event()
+            yield event
+            self.session.reply(event)
+
+    def iterations(self, vcpu: int) -> int:
+        """How many iterations a vCPU has done."""
+        (count,) = struct.unpack("<Q", self.session.read_physical(iterations_address(vcpu), 8))
+        return int(count)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Live vCPUs for every test here: stock QEMU under this host's KVM, hooked through its VM file descriptor.
+
+Whatever a test does, the kernel must not complain: new lines of its log are looked through after each one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from kvmi_host.attach import attach
+from kvmi_host.attach.errors import AlreadyHooked
+from kvmi_host.attach.policy import FULL
+from kvmi_host.attach.session import hand_to_kernel
+from kvmi_host.attach.target import find_target
+from kvmi_host.attach.vmfd import VmHandle
+from kvmi_host.host.kvm import require_introspection
+from kvmi_host.introspect import Session
+from kvmi_host.testing.live import DEADLINE, LiveGuest, Walker, Wire
+
+COMPLAINT = re.compile(
+    r"WARNING:|BUG:|Oops|soft lockup|hung task|blocked for more than|detected stall|general protection"
+    r"|KASAN|UBSAN|lockdep|leaked|use-after-free|list_(add|del) corruption|refcount_t:"
+)
+IMAGES = Path(os.environ.get("KVMI_IMAGES", "/opt/kvmi-host/images"))
+VCPUS = 4
+
+
+class KernelLog:
+    """The kernel's log from now on."""
+
+    def __init__(self) -> None:
+        self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.lseek(self._fd, 0, os.SEEK_END)
+        self.lines: list[str] = []
+
+    def read(self) -> list[str]:
+        """The lines since the last call."""
+        new = []
+        while True:
+            try:
+                record = os.read(self._fd, 8192)
+            except BlockingIOError:
+                break
+            except BrokenPipeError:
+                continue  # lines were lost: the next read gives the oldest one that is left
+            new.append(record.decode(errors="replace").partition(";")[2].rstrip("\n"))
+        self.lines += new
+        return new
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that unload the modules go last."""
+    items.sort(key=lambda item: item.path.name == "test_modules.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _host() -> None:
+    require_introspection()
+
+
+@pytest.fixture(scope="session")
+def _log() -> KernelLog:
+    return KernelLog()
+
+
+@pytest.fixture(autouse=True)
+def kernel_log(_log: KernelLog) -> Iterator[KernelLog]:
+    """The kernel's log; a complaint in it fails the test that brought it about."""
+    _log.read()
+    yield _log
+    complaints = [line for line in _log.read() if COMPLAINT.search(line)]
+    assert not complaints, "the kernel complains:\n" + "\n".join(complaints)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A failure shows the end of the kernel's log, and of the guest's serial output."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if not report.failed or not isinstance(item, pytest.Function):
+        return
+    log = item.funcargs.get("kernel_log")
+    if isinstance(log, KernelLog):
+        log.read()
+        report.sections.append(("dmesg, its end", "\n".join(log.lines[-40:])))
+    for name in ("guest", "own_guest"):
+        if isinstance(guest := item.funcargs.get(name), LiveGuest):
+            report.sections.append((f"serial output of {name}, its end", guest.tail()))
+
+
+@pytest.fixture(scope="session")
+def _guest() -> Iterator[LiveGuest]:
+    with LiveGuest(IMAGES / "modewalk.elf", VCPUS) as guest:
+        yield guest.booted()
+
+
+@pytest.fixture
+def guest(_guest: LiveGuest) -> Iterator[LiveGuest]:
+    """A running modewalk guest with four vCPUs, shared by the tests; none leaves it hooked or held."""
+    yield _guest
+    session = hook(_guest)
+    Walker(session, VCPUS).reset()
+    session.close()
+
+
+@pytest.fixture
+def own_guest() -> Iterator[LiveGuest]:
+    """A running modewalk guest with two vCPUs, for tests that may break it."""
+    with LiveGuest(IMAGES / "modewalk.elf", 2) as guest:
+        yield guest.booted()
+
+
+@pytest.fixture
+def handle(guest: LiveGuest) -> Iterator[VmHandle]:
+    """A duplicate of the guest's VM file descriptor."""
+    with VmHandle(guest.pid) as handle:
+        yield handle
+
+
+def hook(guest: LiveGuest, allow: str = "full") -> Session:
+    """Hook a guest; a session that has just lost its introspector may take a moment to end."""
+    deadline = monotonic() + DEADLINE
+    while True:
+        try:
+            return attach(guest.name, allow=allow, timeout=DEADLINE).session
+        except AlreadyHooked:
+            if monotonic() > deadline:
+                raise
+
+
+@pytest.fixture
+def hooked() -> Iterator[Callable[..., Session]]:
+    """Hooks a guest: ``hooked(guest, allow="full")``. The sessions end with the test."""
+    sessions = []
+
+    def make(guest: LiveGuest, allow: str = "full") -> Session:
+        sessions.append(hook(guest, allow))
+        return sessions[-1]
+
+    yield make
+    for session in sessions:
+        session.close()
+
+
+@pytest.fixture
+def session(guest: LiveGuest, hooked: Callable[..., Session]) -> Session:
+    """A session with the guest that may do everything."""
+    return hooked(guest)
+
+
+@pytest.fixture
+def wire(guest: LiveGuest) -> Iterator[Wire]:
+    """A session with the guest that may do everything, as a bare socket."""
+    ours, kernels = socket.socketpair()
+    with ours:
+        with kernels:
+            hand_to_kernel(find_target(guest.name), kernels, FULL)
+        yield Wire(ours)
+
+
+@pytest.fixture
+def walker(session: Session) -> Walker:
+    """The session, with what it takes to send vCPUs to stations."""
+    return Walker(session, VCPUS)

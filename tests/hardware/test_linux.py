@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A real Linux guest, defined and started through libvirt, and introspected while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from time import monotonic, sleep
+
+import libvirt
+import pytest
+
+from kvmi_host.attach import attach
+from kvmi_host.introspect import Session
+from kvmi_host.protocol import EventId
+from kvmi_host.provision import Guest, connect, define, destroy, find_domain, find_image, start
+from kvmi_host.testing.live import DEADLINE, Walker
+
+pytestmark = pytest.mark.hardware
+
+VCPUS = 2
+EFER_LMA = 1 << 10
+
+
+class LinuxGuest:
+    """The small Linux guest under libvirt, and its serial log."""
+
+    vcpus = VCPUS
+
+    def __init__(self, connection: libvirt.virConnect, name: str) -> None:
+        self.name = name
+        self.connection = connection
+        self.log = Path(str(Guest(name=name, image=find_image("linux")).serial_log))
+
+    def await_growth(self, word: str = "alive") -> None:
+        """Wait for a line with `word` that is not there yet."""
+        before = self.log.read_text(errors="replace").count(word) if self.log.exists() else 0
+        deadline = monotonic() + 2 * DEADLINE
+        while not self.log.exists() or self.log.read_text(errors="replace").count(word) <= before:
+            assert monotonic() < deadline, f"no {word!r} came:\n" + self.log.read_text(errors="replace")[-2000:]
+            sleep(0.05)  # the deadline decides, not this
+
+
+@pytest.fixture(scope="module")
+def linux() -> Iterator[LinuxGuest]:
+    connection = connect("qemu:///system")
+    name = "hwtest-linux"
+    guest = LinuxGuest(connection, name)
+    guest.log.unlink(missing_ok=True)
+    define(connection, Guest(name=name, image=find_image("linux"), vcpus=VCPUS))
+    try:
+        start(connection, name)
+        guest.await_growth("userspace")
+        yield guest
+    finally:
+        destroy(connection, name)
+        connection.close()
+
+
+@pytest.fixture
+def session(linux: LinuxGuest) -> Iterator[Session]:
+    attached = attach(linux.name, uri="qemu:///system", allow="full", timeout=DEADLINE)
+    with attached:
+        yield attached.session
+    linux.await_growth()
+
+
+def test_all_vcpus_are_paused_read_and_resumed(session: Session, linux: LinuxGuest) -> None:
+    walker = Walker(session, VCPUS)
+    for vcpu in walker.vcpus:
+        session.pause_vcpu(vcpu)
+    paused = {event.vcpu: event for event in (walker.event() for _ in walker.vcpus)}
+    assert set(paused) == set(walker.vcpus)
+    for vcpu, event in paused.items():
+        state = session.get_registers(vcpu)
+        assert (event.mode, state.mode) == (8, 8)
+        assert state.registers == event.registers
+        assert state.sregs.efer & EFER_LMA
+        assert event.msrs.lstar >> 47 == 0x1FFFF
+    for event in paused.values():
+        session.reply(event)
+
+
+def test_cr3_writes_of_its_processes_are_seen(session: Session) -> None:
+    walker = Walker(session, VCPUS)
+    walker.enable(EventId.CR, cr=3)
+    events = list(walker.answered(100))
+    assert {event.mode for event in events} == {8}
+    assert [event.seq for event in events] == list(range(1, 101))
+    assert len({event.data.new & ~0xFFF for event in events}) > 1
+    for vcpu in Counter(event.vcpu for event in events):
+        mine = [event.data for event in events if event.vcpu == vcpu]
+        # What was written is what the next write finds.
+        assert all(after.old == before.new for before, after in pairwise(mine))
+    for vcpu in walker.vcpus:
+        session.control_cr(vcpu, 3, False)
+
+
+def test_guest_memory_is_where_the_page_tables_say(session: Session) -> None:
+    session.pause_vcpu(0)
+    event = session.next_event(DEADLINE)
+    assert event is not None
+    table = session.read_physical(event.cr3 & ~0xFFF & (1 << 52) - 1, 4096)
+    kernel_half = [table[8 * entry] & 1 for entry in range(256, 512)]
+    assert any(kernel_half)
+    session.reply(event)
+
+
+def test_suspended_by_libvirt_it_can_be_hooked_and_unhooked(linux: LinuxGuest) -> None:
+    domain = find_domain(linux.connection, linux.name)
+    domain.suspend()
+    try:
+        with attach(linux.name, uri="qemu:///system", timeout=DEADLINE) as attached:
+            assert attached.session.guest_info() == VCPUS
+            assert attached.session.max_gfn() > 0
+    finally:
+        domain.resume()
+    linux.await_growth()
+
+
+@pytest.fixture
+def not_started(linux: LinuxGuest) -> Iterator[str]:
+    """A modewalk guest that libvirt has made, and whose vCPUs have not run."""
+    name = "hwtest-paused"
+    define(linux.connection, Guest(name=name, image=find_image("modewalk"), vcpus=VCPUS))
+    try:
+        find_domain(linux.connection, name).createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+        yield name
+    finally:
+        destroy(linux.connection, name)
+
+
+def test_vcpus_announce_themselves_when_they_start(
+    linux: LinuxGuest, not_started: str, check_refused: Callable[[Session], None]
+) -> None:
+    with attach(not_started, uri="qemu:///system", allow="full", timeout=DEADLINE) as attached:
+        session = attached.session
+        check_refused(session)
+        session.control_vm_events(EventId.CREATE_VCPU, True)
+        find_domain(linux.connection, not_started).resume()
+        walker = Walker(session, VCPUS)
+        created = []
+        while len(created) < VCPUS:
+            event = walker.event()
+            assert event.event == EventId.CREATE_VCPU
+            created.append(event.vcpu)
+            session.reply(event)
+        assert sorted(created) == [0, 1]
+
+
+@pytest.fixture
+def check_refused() -> Callable[[Session], None]:
+    """A vCPU that waits to be started is refused -EAGAIN."""
+    from kvmi_host.protocol import CommandError, ErrorCode
+
+    def check(session: Session) -> None:
+        with pytest.raises(CommandError) as refused:
+            session.vcpu_info(1)
+        assert refused.value.code == ErrorCode.EAGAIN
+        with pytest.raises(CommandError) as refused:
+            session.pause_vcpu(1)
+        assert refused.value.code == ErrorCode.EAGAIN
+
+    return check
+
+
+def test_vcpus_that_run_announce_themselves_once_when_it_is_enabled(session: Session) -> None:
+    session.control_vm_events(EventId.CREATE_VCPU, True)
+    walker = Walker(session, VCPUS)
+    events = list(walker.answered(VCPUS))
+    assert sorted(event.vcpu for event in events) == [0, 1]
+    assert {event.event for event in events} == {EventId.CREATE_VCPU}
+    session.control_vm_events(EventId.CREATE_VCPU, False)
+    session.control_vm_events(EventId.CREATE_VCPU, True)
+    assert session.next_event(0.5) is None

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A session hooked with OBSERVE cannot change the guest."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from uuid import uuid4
+
+import pytest
+
+from kvmi_host.attach.errors import AttachRefused
+from kvmi_host.attach.vmfd import VmHandle
+from kvmi_host.introspect import Session
+from kvmi_host.protocol import Action, Command, CommandError, ErrorCode, EventId
+from kvmi_host.testing.live import LiveGuest, Walker, await_end
+from kvmi_host.testing.modewalk import Actions, Station
+
+pytestmark = pytest.mark.hardware
+
+CHANGING = {Command.SET_REGISTERS, Command.WRITE_PHYSICAL, Command.INJECT_EXCEPTION, Command.SET_PAGE_ACCESS}
+
+
+@pytest.fixture
+def observer(guest: LiveGuest, hooked: Callable[..., Session]) -> Session:
+    """An observing session; vCPU 0 is held at a station without paging."""
+    full = hooked(guest)
+    Walker(full, guest.vcpus).hold(0, Station.PROT32, Actions.CR3 | Actions.HYPERCALL)
+    full.close()
+    return hooked(guest, allow="observe")
+
+
+def test_all_leaves_out_what_changes_the_guest(observer: Session) -> None:
+    assert not any(observer.check_command(command) for command in CHANGING)
+    assert observer.check_command(Command.READ_PHYSICAL)
+    assert observer.check_command(Command.GET_REGISTERS)
+
+
+@pytest.mark.parametrize("command", [Command.SET_REGISTERS, Command.WRITE_PHYSICAL])
+def test_what_changes_the_guest_cannot_be_allowed(observer: Session, handle: VmHandle, command: Command) -> None:
+    with pytest.raises(AttachRefused):
+        handle.allow_commands([command])
+    assert not observer.check_command(command)
+
+
+def test_writing_memory_is_refused(observer: Session) -> None:
+    with pytest.raises(CommandError) as refused:
+        observer.write_physical(0x300000, b"x")
+    assert refused.value.code == ErrorCode.EPERM
+
+
+def test_events_come_and_go_on(observer: Session) -> None:
+    walker = Walker(observer, 1)
+    walker.enable(EventId.CR, 0, cr=3)
+    walker.enable(EventId.HYPERCALL, 0)
+    assert {event.event for event in walker.answered(9)} == {EventId.CR, EventId.HYPERCALL}
+
+
+def test_crash_is_no_valid_reply(guest: LiveGuest, observer: Session) -> None:
+    walker = Walker(observer, 1)
+    walker.enable(EventId.HYPERCALL, 0)
+    observer.reply(walker.event(), Action.CRASH)
+    await_end(observer)
+    guest.goes_on()
+
+
+def test_another_new_value_is_no_valid_reply(
+    guest: LiveGuest, observer: Session, hooked: Callable[..., Session]
+) -> None:
+    walker = Walker(observer, 1)
+    walker.enable(EventId.CR, 0, cr=3)
+    observer.reply(walker.event(), new_val=0x123000)
+    await_end(observer)
+    guest.goes_on()
+    again = Walker(hooked(guest), 1)
+    again.enable(EventId.CR, 0, cr=3)
+    assert 0x123000 not in {event.data.old for event in again.answered(4)}
+
+
+def test_unknown_flags_are_refused(handle: VmHandle) -> None:
+    from fcntl import ioctl
+
+    from kvmi_host.host import kvm
+
+    ours, kernels = socket.socketpair()
+    with ours, kernels, pytest.raises(OSError, match="Invalid argument"):
+        ioctl(handle._fd, kvm.KVM_INTROSPECTION_HOOK, kvm._HOOK.pack(kernels.fileno(), 2, uuid4().bytes))
