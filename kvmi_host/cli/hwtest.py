@@ -25,9 +25,7 @@ def hwtest(
     host: Annotated[
         Host, typer.Option(envvar="HOST", help="A host in a box of its own, or this machine, as root.")
     ] = Host.BOX,
-    report: Annotated[Path, typer.Option(help="Folder for junit.xml and kernel logs.")] = Path(
-        "build/hardware"
-    ),
+    report: Annotated[Path, typer.Option(help="Folder for junit.xml and kernel logs.")] = Path("build/hardware"),
     expression: Annotated[str | None, typer.Option("-k", metavar="EXPR", help="Which tests, as pytest's -k.")] = None,
     modules: Annotated[
         str | None, typer.Option(help="Folder of kvm.ko and kvm-amd.ko for the box. [default: build this tree's]")

@@ -42,23 +42,16 @@ def _contents(root: Path, guests: Mapping[str, Path]) -> Iterator[tuple[PurePosi
 
 
 @contextmanager
-def images_here() -> Iterator[None]:
-    """Have the guest images on this machine where a host has them, as long as the block runs."""
-    place = Path(str(TOP / "images"))
-    if place.exists():
-        yield
-        return
-    created = next(parent for parent in (place, *place.parents) if parent.parent.exists())
-    place.mkdir(parents=True)
-    try:
-        for name, file in guest_images().items():
-            (place / name).symlink_to(file)
-        kernels = sorted(Path("/boot").glob("vmlinuz-*"))
-        if kernels:
-            (place / "linux.vmlinuz").symlink_to(kernels[-1])
-        yield
-    finally:
-        shutil.rmtree(created)
+def images_here() -> Iterator[Path]:
+    """The guest images in a folder of this machine, as long as the block runs, where QEMU's own user can read them."""
+    with tempfile.TemporaryDirectory(prefix="kvmi-host-images-") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        for image, file in guest_images().items():
+            shutil.copyfile(file, place / image)
+        if kernels := sorted(Path("/boot").glob("vmlinuz-*")):
+            shutil.copyfile(kernels[-1], place / "linux.vmlinuz")
+        yield place
 
 
 def fingerprint(root: Path, guests: Mapping[str, Path]) -> str:

@@ -56,14 +56,15 @@ def _version_key(path: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
-def kernel_release() -> str:
+def kernel_release(sources: Path = Path("/usr/src")) -> str:
     """The kernel that modules can be built for here: the newest Debian 12 cloud kernel whose headers are installed.
 
+    :param sources: where Debian installs headers.
     :raise LabHostError: without any.
     """
-    headers = sorted(Path("/usr/src").glob("linux-headers-6.1.*-cloud-amd64"), key=_version_key)
+    headers = sorted(sources.glob("linux-headers-6.1.*-cloud-amd64"), key=_version_key)
     if not headers:
-        raise LabHostError("no kernel headers in /usr/src: run ci/setup, or apt-get install linux-headers-cloud-amd64")
+        raise LabHostError(f"no kernel headers in {sources}: run ci/setup, which installs linux-headers-cloud-amd64")
     return headers[-1].name.removeprefix("linux-headers-")
 
 

@@ -7,6 +7,7 @@ process since is not ours, and nothing is ever sent to it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -16,17 +17,19 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from qemu.qmp import QMPError
-from qemu.qmp.legacy import QEMUMonitorProtocol
+from qemu.qmp import QMPClient, QMPError
 
 from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.paths import program
 from kvmi_host.lab.progress import tail
+
+T = TypeVar("T")
 
 _KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet loglevel=5 panic=-1 net.ifnames=0 systemd.show_status=false "
@@ -114,7 +117,11 @@ class Process:
         if started is None:
             raise LabError(f"QEMU ended at once. It said:\n{tail(run / 'qemu.log')}")
         found = cls(run, process.pid, started)
-        (run / "qemu.json").write_text(json.dumps({"pid": found.pid, "started": found.started}))
+        try:
+            (run / "qemu.json").write_text(json.dumps({"pid": found.pid, "started": found.started}))
+        except BaseException:
+            found.stop()
+            raise
         return found
 
     @classmethod
@@ -123,7 +130,7 @@ class Process:
         try:
             known = json.loads((run / "qemu.json").read_text())
             found = cls(run, int(known["pid"]), int(known["started"]))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         return found if found.alive() else None
 
@@ -131,26 +138,38 @@ class Process:
         """Whether it runs."""
         return _start_time(self.pid) == self.started
 
-    @contextmanager
-    def monitor(self, deadline: float = 30) -> Iterator[QEMUMonitorProtocol]:
-        """A QMP connection.
+    def ask(self, talk: Callable[[QMPClient], Awaitable[T]], deadline: float = 30) -> T:
+        """Talk to QEMU's monitor (QMP).
 
-        :param deadline: seconds that each answer may take.
+        :param talk: what to say; called with the connection.
+        :param deadline: seconds that the whole conversation may take.
+        :return: what ``talk`` returned.
+        :raise LabError: when QEMU refuses, ends, or does not answer in time.
         """
-        connection = QEMUMonitorProtocol(str(self.run / "qmp.sock"))
-        connection.settimeout(deadline)
+
+        async def conversation() -> T:
+            async with asyncio.timeout(deadline):
+                client = QMPClient("kvmi-lab")
+                await client.connect(str(self.run / "qmp.sock"))
+                try:
+                    return await talk(client)
+                finally:
+                    await client.disconnect()
+
         try:
-            with connection:
-                connection.connect()
-                yield connection
-        except (OSError, EOFError, QMPError, TimeoutError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise LabError(f"QEMU's monitor failed: {reason}. It said:\n{tail(self.run / 'qemu.log')}") from error
+            return asyncio.run(conversation())
+        except (OSError, EOFError, QMPError) as error:
+            what = f"no answer within {deadline:g} s" if isinstance(error, TimeoutError) else str(error)
+            said = tail(self.run / "qemu.log") or "nothing"
+            raise LabError(f"QEMU's monitor ({self.run / 'qmp.sock'}) failed: {what}. QEMU said: {said}") from error
 
     def ssh_port(self) -> int:
         """The port of 127.0.0.1 that leads to the SSH server in the box."""
-        with self.monitor() as monitor:
-            table = str(monitor.cmd("human-monitor-command", **{"command-line": "info usernet"}))
+
+        async def talk(qmp: QMPClient) -> str:
+            return str(await qmp.execute("human-monitor-command", {"command-line": "info usernet"}))
+
+        table = self.ask(talk)
         found = re.search(r"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", table)
         if found is None:
             raise LabError(f"QEMU forwards no port to the box's SSH server: {table!r}")
@@ -172,7 +191,7 @@ class Process:
             if "kvmi-lab: failed" in text or "Kernel panic" in text:
                 what = "the box failed to boot"
             elif time.monotonic() > until:
-                what = f"no {marker!r} on the console within {deadline:.0f} s"
+                what = f"no {marker!r} on the console within {deadline:g} s"
             if what:
                 log = tail(self.run / "qemu.log", 5)
                 raise LabError(f"{what}. QEMU said: {log or 'nothing'}. The console's last lines:\n{tail(console)}")
@@ -180,16 +199,23 @@ class Process:
 
     def save(self, state: Path) -> None:
         """Write the machine's state to a file, and let it go on."""
-        with self.monitor() as monitor:
-            monitor.cmd("stop")
-            _migrate(monitor, "migrate", f"exec:exec zstd -q -T0 -3 -o {shlex.quote(str(state))}", 60)
-            monitor.cmd("cont")
+
+        async def talk(qmp: QMPClient) -> None:
+            await qmp.execute("stop")
+            await qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 34})
+            await _migrate(qmp, "migrate", f"exec:exec zstd -q -T0 -3 -o {shlex.quote(str(state))}")
+            await qmp.execute("cont")
+
+        self.ask(talk, 60)
 
     def restore(self, state: Path) -> None:
         """Take the state from a file, in a process that was started as ``incoming``, and run."""
-        with self.monitor() as monitor:
-            _migrate(monitor, "migrate-incoming", f"exec:exec zstd -q -d -c {shlex.quote(str(state))}", 60)
-            monitor.cmd("cont")
+
+        async def talk(qmp: QMPClient) -> None:
+            await _migrate(qmp, "migrate-incoming", f"exec:exec zstd -q -d -c {shlex.quote(str(state))}")
+            await qmp.execute("cont")
+
+        self.ask(talk, 60)
 
     def stop(self) -> None:
         """End it, at once: nothing in it is worth an orderly shutdown. Returns when it is gone."""
@@ -216,18 +242,15 @@ class Process:
         return int(found[1]) // 1024 if found else 0
 
 
-def _migrate(monitor: QEMUMonitorProtocol, verb: str, uri: str, deadline: float) -> None:
-    """Have QEMU write or read its state, and wait until it says that it did."""
-    if verb == "migrate":
-        monitor.cmd("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
-    monitor.cmd(verb, uri=uri)
-    until = time.monotonic() + deadline
+async def _migrate(qmp: QMPClient, verb: str, uri: str) -> None:
+    """Have QEMU write or read its state, and wait until it did."""
+    await qmp.execute(verb, {"uri": uri})
     while True:
         # Asked for, not waited for: a QEMU that cannot read a state exits without an event.
-        answer = monitor.cmd("query-migrate")
+        answer = await qmp.execute("query-migrate")
         status = answer.get("status") if isinstance(answer, dict) else None
         if status == "completed":
             return
-        if status == "failed" or time.monotonic() > until:
-            raise LabError(f"QEMU's {verb} did not succeed within {deadline:.0f} s: {answer}")
-        time.sleep(0.02)
+        if status == "failed":
+            raise LabError(f"QEMU's {verb} failed: {answer}")
+        await asyncio.sleep(0.02)

@@ -40,7 +40,7 @@ class Shell:
             self._transport.auth_publickey("root", paramiko.Ed25519Key.from_private_key_file(str(key)))
         except (OSError, EOFError, paramiko.SSHException) as error:
             self.close()
-            raise LabError(f"no SSH connection to {name} on port {port} within {deadline:.0f} s: {error}") from error
+            raise LabError(f"no SSH connection to {name} on port {port} within {deadline:g} s: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -94,7 +94,7 @@ class Shell:
                     if ended and channel.status_event.wait(max(0.0, left)):
                         break
                     if left <= 0:
-                        raise LabError(f"`{line}` did not end within {deadline:.0f} s{_said(collected[1])}")
+                        raise LabError(f"`{line}` did not end within {deadline:g} s{_said(collected[1])}")
                     select.select([channel], [], [], left)
                 status = channel.recv_exit_status()
         except (OSError, EOFError, paramiko.SSHException) as error:

@@ -70,7 +70,13 @@ def on_box(box: Box, reports: Path, expression: str | None = None, extra: Sequen
     seen = box.console_log.stat().st_size
     box.run(f"echo '{_BEGIN}' > /dev/kmsg; rm -f {_REPORT}")
     path = f"PYTHONPATH={deploy.TOP}/lib:{deploy.TOP}/deps"
-    argv = ["env", path, "PYTHONUNBUFFERED=1", *_pytest(str(deploy.TOP), "python3", _REPORT, expression, extra)]
+    argv = [
+        "env",
+        f"--chdir={deploy.TOP}",
+        path,
+        "PYTHONUNBUFFERED=1",
+        *_pytest(str(deploy.TOP), "python3", _REPORT, expression, extra),
+    ]
     dmesg = ""
     try:
         status = box.run(argv, deadline=_DEADLINE, check=False, on_output=_show).returncode
@@ -113,8 +119,9 @@ def here(root: Path, reports: Path, expression: str | None = None, extra: Sequen
     report.unlink(missing_ok=True)
     before = subprocess.run(["dmesg"], capture_output=True, text=True).stdout.count("\n")
     argv = _pytest(str(root), sys.executable, str(report), expression, extra)
-    with deploy.images_here():
-        status = subprocess.run(argv, cwd=root, check=False).returncode
+    with deploy.images_here() as images:
+        env = {**os.environ, "KVMI_IMAGES": str(images)}
+        status = subprocess.run(argv, cwd=root, env=env, check=False).returncode
     log = subprocess.run(["dmesg"], capture_output=True, text=True).stdout
     (reports / "dmesg.log").write_text(log)
     if not report.exists():

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rules of the reports: one test a line, sums that add up, properties that say where it ran."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+from kvmi_host.lab import junit
+
+ONE_LINE = (
+    '<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="0" failures="1" skipped="0" tests="2">'
+    '<testcase classname="tests.hardware.test_a" name="test_1" time="0.1"/>'
+    '<testcase classname="tests.hardware.test_a" name="test_2" time="0.1">'
+    '<failure message="no">two\n\n  lines</failure>'
+    "</testcase></testsuite></testsuites>"
+)
+
+
+def report(folder: Path, name: str = "junit.xml") -> Path:
+    path = folder / name
+    path.write_text(ONE_LINE)
+    return path
+
+
+def test_every_test_has_a_line_of_its_own(tmp_path: Path) -> None:
+    path = report(tmp_path)
+    junit.annotate(path, {"host": "box"})
+    assert sum("hardware" in line for line in path.read_text().splitlines()) == 2
+
+
+def test_properties_come_first_in_each_suite(tmp_path: Path) -> None:
+    path = report(tmp_path)
+    junit.annotate(path, {"host": "box", "cpu_vendor": "AuthenticAMD"})
+    first = ElementTree.parse(path).getroot()[0][0]
+    assert [(item.get("name"), item.get("value")) for item in first] == [
+        ("host", "box"),
+        ("cpu_vendor", "AuthenticAMD"),
+    ]
+
+
+def test_what_a_failure_says_is_kept_to_the_letter(tmp_path: Path) -> None:
+    path = report(tmp_path)
+    junit.annotate(path, {})
+    assert ElementTree.parse(path).getroot().findtext(".//failure") == "two\n\n  lines"
+
+
+def test_merged_report_holds_all_suites_and_their_sums(tmp_path: Path) -> None:
+    into = tmp_path / "build" / "junit.xml"
+    sums = junit.merge([report(tmp_path, "a.xml"), report(tmp_path, "b.xml")], into)
+    assert sums == {"tests": 4, "failures": 2, "errors": 0, "skipped": 0}
+    assert len(list(ElementTree.parse(into).getroot().iter("testcase"))) == 4
+
+
+def test_report_whose_root_is_a_suite_is_taken_too(tmp_path: Path) -> None:
+    path = tmp_path / "bare.xml"
+    path.write_text('<testsuite tests="1"><testcase classname="c" name="n"/></testsuite>')
+    assert junit.merge([path], tmp_path / "all.xml")["tests"] == 1
+
+
+def test_failure_of_our_own_counts(tmp_path: Path) -> None:
+    path = report(tmp_path)
+    junit.add_failure(path, "tests.hardware.kernel_log", "test_no_complaint", "complained", "WARNING: ...")
+    assert junit.merge([path], tmp_path / "all.xml") == {"tests": 3, "failures": 2, "errors": 0, "skipped": 0}

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What of a kernel's log fails a run, and what does not."""
+
+import pytest
+
+from kvmi_host.lab.suite import trouble
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "WARNING: CPU: 0 PID: 12 at arch/x86/kvm/x86.c:100 kvm_arch_vcpu_ioctl_run+0x1/0x2 [kvm]",
+        "BUG: unable to handle page fault for address: ffffc90000000000",
+        "BUG: KASAN: use-after-free in kvmi_recv+0x1/0x2 [kvm]",
+        "Oops: 0002 [#1] PREEMPT SMP NOPTI",
+        "watchdog: BUG: soft lockup - CPU#1 stuck for 26s! [kvmi:200]",
+        "rcu: INFO: rcu_preempt self-detected stall on CPU",
+        "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+        "general protection fault, probably for non-canonical address 0xdead: 0000 [#1]",
+        "INFO: task kvmi:200 blocked for more than 120 seconds.",
+        "WARNING: possible circular locking dependency detected",
+        "Kernel panic - not syncing: Fatal exception",
+    ],
+)
+def test_complaint_fails_the_run(line: str) -> None:
+    assert line in trouble(f"[    1.0] before\n[    2.0] {line}\n[    2.1] Call Trace:\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "kvm [818]: vcpu0, guest rIP: 0xffffffff81073744 Unhandled WRMSR(0xc0010007) = 0xffff",
+        "kvm: loading out-of-tree module taints kernel.",
+        "kvmi: 00000000-0000-0000-0000-000000000000: session ends: message id 22349, size 19276: -32",
+        "hrtimer: interrupt took 133712050 ns",
+        "acpi PNP0A03:00: fail to add MMCONFIG information, can't access extended PCI configuration space",
+    ],
+)
+def test_everyday_line_does_not(line: str) -> None:
+    assert trouble(line) == ""
+
+
+def test_what_follows_the_complaint_is_shown() -> None:
+    log = "\n".join(["boot", "WARNING: CPU: 0", *(f"frame {number}" for number in range(40))])
+    assert trouble(log, context=3) == "boot\nWARNING: CPU: 0\nframe 0\nframe 1"
