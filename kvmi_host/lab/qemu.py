@@ -159,7 +159,7 @@ class Process:
         try:
             return asyncio.run(conversation())
         except (OSError, EOFError, QMPError) as error:
-            what = f"no answer within {deadline:g} s" if isinstance(error, TimeoutError) else str(error)
+            what = f"no answer within {deadline:g} s" if isinstance(error, TimeoutError) else str(error) or "it ended"
             said = tail(self.run / "qemu.log") or "nothing"
             raise LabError(f"QEMU's monitor ({self.run / 'qmp.sock'}) failed: {what}. QEMU said: {said}") from error
 
