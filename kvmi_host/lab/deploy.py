@@ -26,7 +26,7 @@ PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"
 SCRIPT = f"""set -e
 mkdir -p {TOP}
 rm -rf {TOP}/lib {TOP}/tests {TOP}/images {TOP}/deployed
-tar -x --no-same-owner -C /
+tar -xz --no-same-owner -C /
 for kernel in /boot/vmlinuz-*; do ln -sf "$kernel" {TOP}/images/linux.vmlinuz; done
 """
 """What unpacks the stream there."""
@@ -74,13 +74,13 @@ def _compiled(file: Path, place: PurePosixPath) -> bytes | None:
 
 
 def archive(root: Path, guests: Mapping[str, Path]) -> bytes:
-    """The tar stream for :data:`SCRIPT`.
+    """The tar stream for :data:`SCRIPT`, compressed: what the emulated machine must decrypt costs more than the rest.
 
     :param root: the source tree.
     :param guests: files of guest images by their name on the host.
     """
     stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
+    with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as tar:
 
         def add(place: PurePosixPath, data: bytes, mode: int = 0o644) -> None:
             member = tarfile.TarInfo(str(place.relative_to("/")))
