@@ -21,6 +21,7 @@ _VERBS = {
     "guest": "kvmi_host.cli.guest",
     "attach": "kvmi_host.cli.attach",
     "detach": "kvmi_host.cli.detach",
+    "replay": "kvmi_host.cli.replay",
     "hwtest": "kvmi_host.cli.hwtest",
 }
 """Each module holds a Typer application ``app``."""

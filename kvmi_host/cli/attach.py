@@ -15,7 +15,7 @@ import typer
 from kvmi_host import attach as attaching
 from kvmi_host.cli.options import Connect, Json, Vm
 from kvmi_host.cli.tally import Tally
-from kvmi_host.cli.view import View, view_for
+from kvmi_host.cli.view import View, event_record, facts_record, view_for
 from kvmi_host.introspect import SessionClosed, Wanted, Watch, serve
 from kvmi_host.protocol import Event, EventId, event_name
 
@@ -76,7 +76,7 @@ def _watch(
 ) -> None:
     session, tally = attached.session, Tally()
     deadline = None if duration is None else monotonic() + duration
-    view.session(attached.facts)
+    view.session(facts_record(attached.facts))
     if event_name(EventId.UNHOOK) in attached.facts.events:
         wanted = replace(wanted, events=wanted.events | {EventId.UNHOOK})  # so that detach can ask us
     try:
@@ -84,7 +84,7 @@ def _watch(
 
         def handle(event: Event) -> None:
             tally.enter(event)
-            view.event(event, time_ns())
+            view.event(event_record(attached.facts.name, event, time_ns()))
             watch.saw(event)
 
         def idle() -> bool:

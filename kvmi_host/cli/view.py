@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
-from kvmi_host.protocol import CrWrite, Event, EventId, event_name
+from kvmi_host.protocol import Event, EventId, event_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,47 +21,49 @@ if TYPE_CHECKING:
 _COLUMNS = ("seq", "vCPU", "event", "mode", "rip", "detail")
 _PLAIN = "{:>10} {:>4} {:<12} {:>4} {:>18} {}"
 _ROWS = 20
+_CR = event_name(EventId.CR)
+_UNHOOK = event_name(EventId.UNHOOK)
+
+
+Record = Mapping[str, Any]
+"""What is shown is what ``--json`` prints: the object of one line."""
 
 
 class View(Protocol):
     """Shows a session: its facts, every event, the summary."""
 
-    def session(self, facts: Facts) -> None: ...
+    def session(self, facts: Record) -> None: ...
 
-    def event(self, event: Event, time_ns: int) -> None: ...
+    def event(self, record: Record) -> None: ...
 
-    def summary(self, summary: Mapping[str, Any]) -> None: ...
+    def summary(self, summary: Record) -> None: ...
 
 
 class JsonView:
     """One JSON object per line: the session, each event, the summary."""
 
-    def __init__(self) -> None:
-        self._vm = ""
+    def session(self, facts: Record) -> None:
+        _print_json({"session": facts})
 
-    def session(self, facts: Facts) -> None:
-        self._vm = facts.name
-        _print_json({"session": _facts(facts)})
+    def event(self, record: Record) -> None:
+        _print_json(record)
 
-    def event(self, event: Event, time_ns: int) -> None:
-        _print_json({"vm": self._vm, **_fields(event), "time_ns": time_ns, **_own_fields(event)})
-
-    def summary(self, summary: Mapping[str, Any]) -> None:
+    def summary(self, summary: Record) -> None:
         _print_json({"summary": summary})
 
 
 class PlainView:
     """Aligned lines, each as it comes: for pipes, logs and slow terminals."""
 
-    def session(self, facts: Facts) -> None:
+    def session(self, facts: Record) -> None:
         _print_facts(facts)
         typer.echo(_PLAIN.format(*_COLUMNS))
 
-    def event(self, event: Event, time_ns: int) -> None:
-        typer.echo(_PLAIN.format(*_cells(event)).rstrip())
+    def event(self, record: Record) -> None:
+        typer.echo(_PLAIN.format(*_cells(record)).rstrip())
         sys.stdout.flush()
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
+    def summary(self, summary: Record) -> None:
         _print_summary(summary)
 
 
@@ -75,15 +77,15 @@ class LiveView:
         self._count = 0
         self._live = Live(get_renderable=self._table, refresh_per_second=8)
 
-    def session(self, facts: Facts) -> None:
+    def session(self, facts: Record) -> None:
         _print_facts(facts)
         self._live.start()
 
-    def event(self, event: Event, time_ns: int) -> None:
+    def event(self, record: Record) -> None:
         self._count += 1
-        self._rows.append(_cells(event))
+        self._rows.append(_cells(record))
 
-    def summary(self, summary: Mapping[str, Any]) -> None:
+    def summary(self, summary: Record) -> None:
         self._live.stop()
         _print_summary(summary)
 
@@ -113,7 +115,8 @@ def show_table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Non
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _facts(facts: Facts) -> dict[str, Any]:
+def facts_record(facts: Facts) -> Record:
+    """A session's facts, as they are shown."""
     return {
         "uuid": str(facts.uuid),
         "name": facts.name,
@@ -126,50 +129,53 @@ def _facts(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _fields(event: Event) -> dict[str, Any]:
+def event_record(vm: str, event: Event, time_ns: int) -> Record:
+    """An event, as it is shown: what all events have, then its own fields.
+
+    :param time_ns: when it was received, since the epoch.
+    """
+    data = event.data
     return {
+        "vm": vm,
         "vcpu": event.vcpu,
         "seq": event.seq,
         "event": event_name(event.event),
         "mode": event.mode,
         "rip": event.rip,
+        "time_ns": time_ns,
+        **(data._asdict() if data is not None else {}),
     }
 
 
-def _own_fields(event: Event) -> dict[str, int]:
-    data = event.data
-    return data._asdict() if data is not None else {}
+_COMMON = frozenset({"vm", "vcpu", "seq", "event", "mode", "rip", "time_ns"})
 
 
-def _cells(event: Event) -> Sequence[str]:
-    kind = event_name(event.event)
-    return (str(event.seq), str(event.vcpu), kind, str(event.mode), f"{event.rip:#018x}", _detail(event))
+def _cells(record: Record) -> Sequence[str]:
+    if record["event"] == _UNHOOK:
+        return (str(record["seq"]), "", _UNHOOK, "", "", "")
+    numbers = (str(record["seq"]), str(record["vcpu"]), record["event"], str(record["mode"]))
+    return (*numbers, f"{record['rip']:#018x}", _detail(record))
 
 
-def _detail(event: Event) -> str:
-    data = event.data
-    if isinstance(data, CrWrite):
-        return f"cr{data.cr} {data.old:#x} -> {data.new:#x}"
-    if data is not None:
-        return " ".join(f"{name}={value:#x}" for name, value in data._asdict().items())
-    if event.event == EventId.HYPERCALL:
-        return f"rax={event.registers.rax:#x}"
-    return ""
+def _detail(record: Record) -> str:
+    if record["event"] == _CR:
+        return f"cr{record['cr']} {record['old']:#x} -> {record['new']:#x}"
+    return " ".join(f"{name}={value:#x}" for name, value in record.items() if name not in _COMMON)
 
 
-def _print_json(value: Mapping[str, Any]) -> None:
+def _print_json(value: Record) -> None:
     typer.echo(json.dumps(value))
     sys.stdout.flush()
 
 
-def _print_facts(facts: Facts) -> None:
-    typer.echo(f"{facts.name}  uuid {facts.uuid}  {facts.vcpus} vCPUs")
-    typer.echo(f"KVMI version {facts.version}, dialect {facts.dialect}, attached by {facts.method}")
-    typer.echo(f"may send: {', '.join(facts.commands)}")
-    typer.echo(f"may see:  {', '.join(facts.events)}")
+def _print_facts(facts: Record) -> None:
+    typer.echo(f"{facts['name']}  uuid {facts['uuid']}  {facts['vcpus']} vCPUs")
+    typer.echo(f"KVMI version {facts['version']}, dialect {facts['dialect']}, attached by {facts['method']}")
+    typer.echo(f"may send: {', '.join(facts['commands'])}")
+    typer.echo(f"may see:  {', '.join(facts['events'])}")
 
 
-def _print_summary(summary: Mapping[str, Any]) -> None:
+def _print_summary(summary: Record) -> None:
     kinds = ", ".join(f"{kind} {count}" for kind, count in summary["by_kind"].items()) or "none"
     modes = ", ".join(f"{mode} ({count})" for mode, count in summary["modes"].items()) or "none"
     trip = summary["round_trip"]

@@ -15,6 +15,7 @@
 
 	.equ LAPIC_ENABLE,	1 << 8
 	.equ LAPIC_DIV_16,	3
+	.equ LAPIC_PERIODIC,	1 << 17
 	.equ INIT_OTHERS,	0x000c4500
 	.equ SIPI_OTHERS,	0x000c4600 | AP_START >> 12
 
@@ -103,7 +104,7 @@ vcpu_start:
 
 	movl $LAPIC_ENABLE | SPURIOUS, LAPIC_SVR
 	movl $LAPIC_DIV_16, LAPIC_TIMER_DIV
-	movl $TIMER, LAPIC_LVT_TIMER		# one-shot
+	movl $TIMER | LAPIC_PERIODIC, LAPIC_LVT_TIMER
 
 	lock incl ONLINE
 	test %ebx, %ebx
@@ -151,12 +152,14 @@ start_others:
 	jmp say32
 
 # Sleep for 20 ms, the only time that interrupts are on. Every wait but that for the serial port is made of these, so
-# that a guest that nobody watches leaves the host's CPUs alone.
+# that a guest that nobody watches leaves the host's CPUs alone. The timer goes on until it is stopped: where an exit
+# between STI and HLT loses the interrupt shadow, as in QEMU's emulation of AMD hosts, the interrupt may come before HLT.
 nap:
 	movl $NAP, LAPIC_TIMER_COUNT
 	sti
 	hlt
 	cli
+	movl $0, LAPIC_TIMER_COUNT
 	ret
 
 	.globl timer, spurious

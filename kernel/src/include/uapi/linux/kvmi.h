@@ -167,7 +167,7 @@ struct kvm_introspection_hook {
 };
 
 /* kvm_introspection_hook.flags: the session cannot change the guest. */
-#define KVM_INTROSPECTION_OBSERVE	(1U << 0)
+#define KVM_INTROSPECTION_OBSERVE	0x1
 
 struct kvm_introspection_feature {
 	__u32 allow;

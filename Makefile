@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+#
+# Everything here sets up what it needs first: see ci/setup.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+# The Python environment that ci/setup makes; its last line of output is its folder.
+ENVIRONMENT = $(shell ci/setup)
+IN_ENVIRONMENT = environment="$(ENVIRONMENT)" && [ -n "$$environment" ] && PATH="$$environment/bin:$$PATH"
+
+.PHONY: help
+help: ## Show this
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: demo
+demo: ## Live events of a guest's vCPUs, on the host in a box; HOST=local: on this machine
+	@$(IN_ENVIRONMENT) ci/demo
+
+.PHONY: test
+test: ## All tests, the live ones included; results in build/junit.xml
+	@$(IN_ENVIRONMENT) ci/test
+
+.PHONY: test-unit
+test-unit: ## The unit tests alone
+	@$(IN_ENVIRONMENT) pytest -q tests/unit
+
+.PHONY: test-hardware
+test-hardware: ## The hardware suite alone, in the host in a box; K=expr chooses tests
+	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware $(if $(K),-k "$(K)")
+
+.PHONY: lint
+lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
+	@$(IN_ENVIRONMENT) ci/lint
+
+.PHONY: modules
+modules: ## Build the KVM modules; prints where they are
+	@kernel/build
