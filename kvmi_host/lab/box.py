@@ -82,8 +82,9 @@ class Box:
         :param fresh: boot in any case, and save nothing.
         :raise LabError: when it does not come up; nothing runs then.
         """
-        modules = images.kvm_modules(self._modules)
-        image = images.host_image()
+        with images.kvm_modules(self._modules) as modules_built:
+            image = images.host_image()
+            modules = modules_built()
         initrd = images.initrd(image, modules)
         argv = qemu.command(image.disk, image.kernel, initrd, self._cpus, self._memory)
         key = cache.digest(images.qemu_version(argv[0]), *argv)

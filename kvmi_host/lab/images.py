@@ -7,14 +7,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmi_host.lab import cache
 from kvmi_host.lab.errors import LabError, LabHostError
 from kvmi_host.lab.paths import program, project_root
-from kvmi_host.lab.progress import build
+from kvmi_host.lab.progress import build, started
 
 STOCK = "stock"
 """In place of a folder of modules: Debian's own KVM, which knows no introspection."""
@@ -91,26 +92,30 @@ def host_image() -> HostImage:
     return HostImage(cache.entry("host", key, make))
 
 
-def kvm_modules(source: str | None) -> Path | None:
-    """The folder with ``kvm.ko`` and ``kvm-amd.ko`` to load.
+@contextmanager
+def kvm_modules(source: str | None) -> Iterator[Callable[[], Path | None]]:
+    """The modules to load, built while the block does something else.
 
-    :param source: a folder, :data:`STOCK`, or None for the modules of this tree, which ``kernel/build`` makes.
-    :return: None for the stock ones.
+    :param source: a folder with ``kvm.ko`` and ``kvm-amd.ko``, :data:`STOCK`, or None for what ``kernel/build`` makes of
+        this tree.
+    :return: a function that waits for them and returns their folder; None for the stock ones.
     """
     source = source or os.environ.get("KVMI_LAB_MODULES")
     if source == STOCK:
-        return None
-    if source is None:
+        yield lambda: None
+    elif source is not None:
+        yield lambda: _with_modules(Path(source))
+    else:
         builder = project_root() / "kernel" / "build"
-        if not builder.is_file():
-            raise LabHostError(f"{builder} is not there to build KVM's modules: --modules names others")
         headers = f"/usr/src/linux-headers-{kernel_release()}"
-        lines = build("building KVM's modules", [builder, "--headers", headers]).splitlines()
-        source = lines[-1] if lines else ""
-    folder = Path(source)
+        with started("building KVM's modules", [builder, "--headers", headers]) as finish:
+            yield lambda: _with_modules(Path(finish().rstrip().rpartition("\n")[2]))
+
+
+def _with_modules(folder: Path) -> Path:
     for module in ("kvm.ko", "kvm-amd.ko"):
         if not (folder / module).is_file():
-            raise LabError(f"no {module} in {folder or 'the output of kernel/build'}: the host in a box cannot load it")
+            raise LabError(f"no {module} in {folder}: the host in a box cannot load it")
     return folder
 
 

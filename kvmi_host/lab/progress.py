@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -65,38 +65,46 @@ def tail(path: Path, lines: int = 30) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def build(what: str, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> str:
-    """Run a program that makes something, showing its last word from standard error.
+@contextmanager
+def started(what: str, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Iterator[Callable[[], str]]:
+    """Have a program make something while the block does something else. What has not ended with the block is ended.
 
     :param env: what to add to the environment.
-    :return: its standard output.
-    :raise LabError: when it fails; with the end of what it said.
+    :return: a function that waits for it, showing its last word from standard error, and returns its standard output.
+        It raises a LabError with the end of what the program said when that failed.
     """
-    with step(what) as detail, tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+") as output, tempfile.NamedTemporaryFile("w") as log:
         process = subprocess.Popen(
             argv,
             env={**os.environ, **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            stderr=log,
             start_new_session=True,
         )
-        said: list[str] = []
+
+        def finish() -> str:
+            with step(what) as detail:
+                while process.poll() is None:
+                    detail(tail(Path(log.name), 1).strip())
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(0.2)
+            if process.returncode:
+                said = tail(Path(log.name))
+                status = process.returncode
+                raise LabError(f"{what} failed: {argv[0]} ended with status {status}. The last it said:\n{said}")
+            output.seek(0)
+            return output.read()
+
         try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                said.append(line.rstrip())
-                detail(line.strip())
-            status = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
-        output.seek(0)
-        result = output.read()
-    if status:
-        last = "\n".join(said[-30:])
-        raise LabError(f"{what} failed: {argv[0]} ended with status {status}. The last it said:\n{last}")
-    return result
+            yield finish
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+
+
+def build(what: str, argv: Sequence[str | Path], env: Mapping[str, str] | None = None) -> str:
+    """Run a program that makes something: :func:`started`, and waited for at once."""
+    with started(what, argv, env) as finish:
+        return finish()

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from kvmi_host.cli.lab import app
 from kvmi_host.lab import Box, LabError
-from kvmi_host.lab.progress import build
+from kvmi_host.lab.progress import build, started
 
 
 def test_box_that_is_not_up_says_how_to_start_it() -> None:
@@ -54,3 +54,11 @@ def test_build_returns_what_it_wrote() -> None:
 
 def test_build_gets_what_is_added_to_the_environment() -> None:
     assert build("making it", ["/bin/sh", "-c", 'echo "$KVMI_X"'], {"KVMI_X": "1"}) == "1\n"
+
+
+def test_build_that_is_not_waited_for_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "pid").touch()
+    with started("making it", ["/bin/sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 60"]):
+        while not (pid := (tmp_path / "pid").read_text().strip()):
+            pass
+    assert not Path(f"/proc/{pid}").exists()

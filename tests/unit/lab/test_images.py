@@ -22,19 +22,21 @@ def test_machine_without_headers_cannot(tmp_path: Path) -> None:
 
 
 def test_stock_modules_are_no_folder() -> None:
-    assert images.kvm_modules("stock") is None
+    with images.kvm_modules("stock") as built:
+        assert built() is None
 
 
 def test_folder_of_modules_is_taken_as_it_is(tmp_path: Path) -> None:
     for name in ("kvm.ko", "kvm-amd.ko"):
         (tmp_path / name).touch()
-    assert images.kvm_modules(str(tmp_path)) == tmp_path
+    with images.kvm_modules(str(tmp_path)) as built:
+        assert built() == tmp_path
 
 
 def test_folder_without_modules_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "kvm.ko").touch()
-    with pytest.raises(LabError, match=r"no kvm-amd\.ko"):
-        images.kvm_modules(str(tmp_path))
+    with images.kvm_modules(str(tmp_path)) as built, pytest.raises(LabError, match=r"no kvm-amd\.ko"):
+        built()
 
 
 def test_program_that_is_not_there_is_named_with_its_package() -> None:
