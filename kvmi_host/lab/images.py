@@ -96,8 +96,8 @@ def host_image() -> HostImage:
 def kvm_modules(source: str | None) -> Iterator[Callable[[], Path | None]]:
     """The modules to load, built while the block does something else.
 
-    :param source: a folder with ``kvm.ko`` and ``kvm-amd.ko``, :data:`STOCK`, or None for what ``kernel/build`` makes of
-        this tree.
+    :param source: a folder with ``kvm.ko`` and ``kvm-amd.ko``, :data:`STOCK`, or None for what ``kernel/build`` makes
+        of this tree.
     :return: a function that waits for them and returns their folder; None for the stock ones.
     """
     source = source or os.environ.get("KVMI_LAB_MODULES")
