@@ -38,7 +38,7 @@ def up(
         typer.Option(help="Folder of kvm.ko and kvm-amd.ko, or 'stock' for Debian's own. [default: build this tree's]"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Boot, whether or not there is saved state.")] = False,
-    smp: Annotated[int, typer.Option(min=1, max=16, help="Virtual CPUs of the box.")] = 2,
+    smp: Annotated[int, typer.Option(min=1, max=16, help="Virtual CPUs of the box.")] = 1,
     memory: Annotated[int, typer.Option(min=1024, help="Memory of the box in MiB.")] = 2048,
 ) -> None:
     """Bring it up: build what is missing, boot it or restore its saved state, deploy this package."""

@@ -53,7 +53,7 @@ class Box:
     :param memory: in MiB.
     """
 
-    def __init__(self, name: str = "box", modules: str | None = None, cpus: int = 2, memory: int = 2048) -> None:
+    def __init__(self, name: str = "box", modules: str | None = None, cpus: int = 1, memory: int = 2048) -> None:
         if not name.replace("-", "").replace("_", "").isalnum():
             raise LabError(f"a box cannot be called {name!r}: letters, digits, - and _ only")
         self.name = name

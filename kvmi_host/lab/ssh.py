@@ -93,6 +93,8 @@ class Shell:
                     left = until - time.monotonic()
                     if ended and channel.status_event.wait(max(0.0, left)):
                         break
+                    if not self._transport.is_active():
+                        raise LabError(f"the SSH connection ended during `{line}`: the host is gone, or its sshd")
                     if left <= 0:
                         raise LabError(f"`{line}` did not end within {deadline:g} s{_said(collected[1])}")
                     select.select([channel], [], [], left)

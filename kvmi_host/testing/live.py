@@ -197,7 +197,11 @@ class Walker:
         return Record.unpack(self.session.read_physical(record_address(vcpu), 64))
 
     def hold(self, vcpu: int, station: Station, actions: Actions = Actions.ALL) -> None:
-        """Have a vCPU stay at a station, and wait until it goes round there. No event of it may be enabled yet."""
+        """Have a vCPU stay at a station, and wait until it goes round there, as fast as it can.
+
+        No event of it may be enabled yet.
+        """
+        self.session.write_physical(pace_address(vcpu), struct.pack("<I", 1))
         self.session.write_physical(actions_address(vcpu), bytes([actions]))
         self.session.write_physical(want_address(vcpu), bytes([station]))
         self.await_record(vcpu, lambda record: record.at is station)

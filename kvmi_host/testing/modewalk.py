@@ -34,7 +34,7 @@ CR4_TSD = 1 << 2
 DEFAULT_PACE = 20
 HELD_LINE_ITERATIONS = 512
 """A held vCPU prints a serial line each time that its count of iterations is a multiple of this."""
-LAP_LINE_LAPS = 16
+LAP_LINE_LAPS = 4
 """The same for the laps of a vCPU that walks."""
 
 _HEADER = Struct("<4I")

@@ -185,7 +185,7 @@ walk:
 	jbe 1b
 	addl $1, LAPS(%esi)
 	adcl $0, LAPS + 4(%esi)
-	testb $15, LAPS(%esi)
+	testb $3, LAPS(%esi)
 	jnz 3f
 	mov $line_lap, %ebx
 	call say32

@@ -592,6 +592,8 @@ void kvmi_handle_request(struct kvm_vcpu *vcpu)
 	if (kvmi)
 		iv = kvmi_vcpu_state(kvmi, vcpu);
 	if (iv) {
+		/* A peer that does not read must not hold up memory slots. */
+		kvm_vcpu_srcu_read_unlock(vcpu);
 		while (kvmi_serve(kvmi, iv, vcpu)) {
 			if (!signal_pending(current))
 				continue;
@@ -599,6 +601,8 @@ void kvmi_handle_request(struct kvm_vcpu *vcpu)
 			kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
 			break;
 		}
+		kvm_vcpu_srcu_read_lock(vcpu);
+
 		/* kvmi_end() makes the request once more, after this. */
 		if (!READ_ONCE(kvmi->ended) &&
 		    kvmi_event_on(kvmi, iv, KVMI_EVENT_CR))

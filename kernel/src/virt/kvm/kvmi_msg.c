@@ -702,10 +702,10 @@ static int kvmi_send_event(struct kvmi *kvmi, const struct kvmi_event *common,
 }
 
 /*
- * Sends the event and waits for its reply, in the vCPU's thread and the read
- * side of kvm->srcu (which is left meanwhile). Returns 0 if there was a valid
- * reply: expect->data holds its own data. After an error the guest goes on as
- * if it had not been looked at.
+ * Sends the event and waits for its reply, in the vCPU's thread and outside of
+ * the read side of kvm->srcu. Returns 0 if there was a valid reply:
+ * expect->data holds its own data. After an error the guest goes on as if it
+ * had not been looked at.
  */
 int kvmi_event(struct kvmi *kvmi, struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu,
 	       unsigned int id, const void *data, size_t size,
@@ -723,13 +723,11 @@ int kvmi_event(struct kvmi *kvmi, struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu,
 	iv->have_regs = false;
 	iv->waiting = true;
 
-	kvm_vcpu_srcu_read_unlock(vcpu);
 	err = kvmi_send_event(kvmi, &common, data, size, &iv->reply.seq);
 	if (err)
 		kvmi_shutdown(kvmi);
 	else
 		err = kvmi_wait_for_reply(kvmi, iv, vcpu);
-	kvm_vcpu_srcu_read_lock(vcpu);
 
 	iv->waiting = false;
 	if (err)

@@ -164,6 +164,21 @@ static bool kvmi_in_view(struct kvm_vcpu *vcpu)
 	return !is_guest_mode(vcpu) && !(vcpu->arch.hflags & HF_SMM_MASK);
 }
 
+/* An event from within an exit's handler, which is in kvm->srcu's read side. */
+static int kvmi_exit_event(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+			   struct kvm_vcpu *vcpu, unsigned int id,
+			   const void *data, size_t size,
+			   const struct kvmi_vcpu_reply *expect)
+{
+	int err;
+
+	kvm_vcpu_srcu_read_unlock(vcpu);
+	err = kvmi_event(kvmi, iv, vcpu, id, data, size, expect);
+	kvm_vcpu_srcu_read_lock(vcpu);
+
+	return err;
+}
+
 static int kvmi_event_cr(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 			 struct kvm_vcpu *vcpu, const struct kvmi_event_cr *ev,
 			 u64 *new_value)
@@ -177,8 +192,8 @@ static int kvmi_event_cr(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 	};
 	int err;
 
-	err = kvmi_event(kvmi, iv, vcpu, KVMI_EVENT_CR, ev, sizeof(*ev),
-			 &expect);
+	err = kvmi_exit_event(kvmi, iv, vcpu, KVMI_EVENT_CR, ev, sizeof(*ev),
+			      &expect);
 	if (!err)
 		*new_value = rpl.new_val;
 	return err;
@@ -244,8 +259,8 @@ bool __kvmi_hypercall(struct kvm_vcpu *vcpu)
 	iv = kvmi_vcpu_state(kvmi, vcpu);
 	on = iv && kvmi_event_on(kvmi, iv, KVMI_EVENT_HYPERCALL);
 	if (on) {
-		kvmi_event(kvmi, iv, vcpu, KVMI_EVENT_HYPERCALL, NULL, 0,
-			   &expect);
+		kvmi_exit_event(kvmi, iv, vcpu, KVMI_EVENT_HYPERCALL, NULL, 0,
+				&expect);
 		kvm_rax_write(vcpu, 0);
 		++vcpu->stat.hypercalls;
 	}
