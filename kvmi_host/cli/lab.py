@@ -23,7 +23,7 @@ app = typer.Typer(
 Name = Annotated[str, typer.Option("--name", help="Which box: each name is a machine of its own.")]
 
 
-def _box(name: str, modules: str | None = None, cpus: int = 2, memory: int = 2048) -> Box:
+def _box(name: str, modules: str | None = None, cpus: int = 1, memory: int = 2048) -> Box:
     # Here, not above: `kvmi-host --help` imports this module, and none of what a box needs.
     from kvmi_host.lab import Box
 
