@@ -77,12 +77,14 @@ def test_a_waiting_vcpu_stands_still_and_the_others_run(walker: Walker, stopped:
     walker.session.reply(stopped)
 
 
-def test_a_pause_comes_after_the_event_and_the_commands_before_it(walker: Walker, stopped: Event) -> None:
+def test_a_pause_waits_for_the_event_and_the_commands_before_it(walker: Walker, stopped: Event) -> None:
     session = walker.session
     session.pause_vcpu(0)
-    info = message(Command.GET_VCPU_INFO, 77, VCPU.pack(0, 0, 0))
-    session.send_raw(info + reply(stopped) + info)
-    session.control_events(0, EventId.CR, False)  # answered by the vCPU, after the two above
+    for _ in range(10):
+        session.vcpu_info(0)
+    session.control_events(0, EventId.HYPERCALL, False)
+    assert session.waiting == 0
+    session.reply(stopped)
     paused = walker.event()
     assert (paused.event, paused.seq) == (EventId.PAUSE_VCPU, stopped.seq + 1)
     session.reply(paused)
