@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -121,6 +122,15 @@ class LiveGuest:
         self._process.send_signal(how)
         self._process.wait(DEADLINE)
         self._reader.join(DEADLINE)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Leave the host's CPUs to others, as long as the block runs. It must not be hooked."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def tail(self) -> str:
         """The last serial lines."""

@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from time import monotonic
 
@@ -23,13 +24,14 @@ from kvmi_host.attach.target import find_target
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.host.kvm import require_introspection
 from kvmi_host.introspect import Session
+from kvmi_host.provision import find_image
 from kvmi_host.testing.live import DEADLINE, LiveGuest, Walker, Wire
 
 COMPLAINT = re.compile(
     r"WARNING:|BUG:|Oops|soft lockup|hung task|blocked for more than|detected stall|general protection"
     r"|KASAN|UBSAN|lockdep|leaked|use-after-free|list_(add|del) corruption|refcount_t:"
 )
-IMAGES = Path(os.environ.get("KVMI_IMAGES", "/opt/kvmi-host/images"))
+MODEWALK = Path(str(find_image("modewalk").kernel))
 VCPUS = 4
 
 
@@ -99,7 +101,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def _guest() -> Iterator[LiveGuest]:
-    with LiveGuest(IMAGES / "modewalk.elf", VCPUS) as guest:
+    with LiveGuest(MODEWALK, VCPUS) as guest:
         yield guest.booted()
 
 
@@ -113,9 +115,9 @@ def guest(_guest: LiveGuest) -> Iterator[LiveGuest]:
 
 
 @pytest.fixture
-def own_guest() -> Iterator[LiveGuest]:
-    """A running modewalk guest with two vCPUs, for tests that may break it."""
-    with LiveGuest(IMAGES / "modewalk.elf", 2) as guest:
+def own_guest(_guest: LiveGuest, request: pytest.FixtureRequest) -> Iterator[LiveGuest]:
+    """A running modewalk guest with two vCPUs, for tests that may break it. The shared one stands aside if it can."""
+    with nullcontext() if "guest" in request.fixturenames else _guest.frozen(), LiveGuest(MODEWALK, 2) as guest:
         yield guest.booted()
 
 

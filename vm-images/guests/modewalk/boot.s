@@ -19,8 +19,8 @@
 	.equ INIT_OTHERS,	0x000c4500
 	.equ SIPI_OTHERS,	0x000c4600 | AP_START >> 12
 
-	.equ NAP,		1250000		# 20 ms: KVM's LAPIC timer runs at 1 GHz, here divided by 16
-	.equ AP_NAPS,		250		# 5 s
+	.equ NAP,		6250000		# 100 ms: KVM's LAPIC timer runs at 1 GHz, here divided by 16
+	.equ AP_NAPS,		50		# 5 s
 
 	.equ FW_CFG_SELECT,	0x510
 	.equ FW_CFG_DATA,	0x511
@@ -151,7 +151,7 @@ start_others:
 3:	mov $line_vcpus, %ebx
 	jmp say32
 
-# Sleep for 20 ms, the only time that interrupts are on. Every wait but that for the serial port is made of these, so
+# Sleep for 100 ms, the only time that interrupts are on. Every wait but that for the serial port is made of these, so
 # that a guest that nobody watches leaves the host's CPUs alone. The timer goes on until it is stopped: where an exit
 # between STI and HLT loses the interrupt shadow, as in QEMU's emulation of AMD hosts, the interrupt may come before HLT.
 nap:
