@@ -35,6 +35,7 @@ NAME = "integration"
 @pytest.fixture(scope="module")
 def box() -> Iterator[Box]:
     with Box("integration") as box:
+        box.deploy()
         yield box
 
 
