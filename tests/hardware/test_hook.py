@@ -46,11 +46,6 @@ def test_the_capability_answers_version_1(capability: int) -> None:
         assert ioctl(device, kvm.KVM_CHECK_EXTENSION, capability) == 1
 
 
-def test_capability_206_is_left_to_mainline() -> None:
-    with open("/dev/kvm", "rb") as device:
-        assert ioctl(device, kvm.KVM_CHECK_EXTENSION, 206) != 1 or kvm.KVM_CAP_INTROSPECTION.count(206) == 0
-
-
 def test_switched_off_there_is_no_capability_and_no_hook(guest: LiveGuest) -> None:
     with parameter("0"):
         with pytest.raises(HostError, match="switched off"):
