@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvmi_host.host.kernel_log import TROUBLE
 from kvmi_host.lab import deploy, junit
 from kvmi_host.lab.box import Box
 from kvmi_host.lab.errors import LabError
@@ -21,13 +22,6 @@ from kvmi_host.lab.progress import say
 _DEADLINE = 1500
 _REPORT = "/run/kvmi-host-suite.xml"
 _BEGIN = "kvmi-host: the suite begins"
-
-TROUBLE = re.compile(
-    r"WARNING:|BUG:|\bOops\b|Kernel panic|soft lockup|hard LOCKUP|rcu.*detected.*stall|general protection fault"
-    r"|Call Trace:|KASAN|UBSAN|unable to handle|INFO: task .* blocked|possible (recursive|circular) locking"
-    r"|refcount_t:|list_(add|del) corruption|scheduling while atomic|memory leak"
-)
-"""What a kernel only says when something is wrong with it."""
 
 
 def trouble(log: str, context: int = 12) -> str:
@@ -96,9 +90,15 @@ def on_box(box: Box, reports: Path, expression: str | None = None, extra: Sequen
         complaint = trouble(dmesg.rpartition(_BEGIN)[2]) or trouble(console[seen:])
         if complaint:
             say(f"the box's kernel complained while the suite ran (all of it in {reports}):\n{complaint}")
-    if complaint:
-        junit.add_failure(report, "tests.hardware.kernel_log", "test_no_complaint", "the kernel complained", complaint)
-    return 1 if complaint else status
+    return _verdict(status, complaint, report)
+
+
+def _verdict(status: int, complaint: str, report: Path) -> int:
+    """The run's exit status; a complaint of the kernel is a failed test of its own in the report."""
+    if not complaint:
+        return status
+    junit.add_failure(report, "tests.hardware.kernel_log", "test_no_complaint", "the kernel complained", complaint)
+    return 1
 
 
 def _facts(box: Box) -> dict[str, str]:
@@ -134,5 +134,4 @@ def here(root: Path, reports: Path, expression: str | None = None, extra: Sequen
     complaint = trouble("\n".join(log.splitlines()[before:]))
     if complaint:
         say(f"this machine's kernel complained while the suite ran (all of it in {reports}):\n{complaint}")
-        junit.add_failure(report, "tests.hardware.kernel_log", "test_no_complaint", "the kernel complained", complaint)
-    return 1 if complaint else status
+    return _verdict(status, complaint, report)

@@ -10,7 +10,6 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -18,6 +17,7 @@ from typing import Self
 from kvmi_host.introspect import Session, SessionClosed
 from kvmi_host.protocol import Event, EventId, Framer, frame
 from kvmi_host.protocol.framing import Frame
+from kvmi_host.provision import find_image
 from kvmi_host.testing.modewalk import (
     DEFAULT_PACE,
     Actions,
@@ -42,14 +42,14 @@ class LiveError(AssertionError):
 class LiveGuest:
     """The modewalk guest in a stock QEMU of its own. As a context manager, it is killed at the end."""
 
-    def __init__(self, image: Path, vcpus: int) -> None:
+    def __init__(self, vcpus: int) -> None:
         self.vcpus = vcpus
         self._lines: list[str] = []
         self._grown = threading.Condition()
         self._process = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-smp", str(vcpus), "-m", "32"),
-                *("-nodefaults", "-display", "none", "-serial", "stdio", "-kernel", str(image)),
+                *("-nodefaults", "-display", "none", "-serial", "stdio", "-kernel", str(find_image("modewalk").kernel)),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -110,8 +110,7 @@ class LiveGuest:
         with self._grown:
             since = len(self._lines)
         for vcpu in range(self.vcpus):
-            marks = tuple(f"modewalk: vcpu {vcpu} {word} " for word in ("lap", "held"))
-            self.await_line(lambda line, marks=marks: line.startswith(marks), since)  # type: ignore[misc]
+            self.await_line(_tells_progress_of(vcpu), since)
 
     def wait(self) -> int:
         """Wait for QEMU's end; its exit status, negative for a signal."""
@@ -144,6 +143,11 @@ class LiveGuest:
                 self._grown.notify_all()
         with self._grown:
             self._grown.notify_all()
+
+
+def _tells_progress_of(vcpu: int) -> Callable[[str], bool]:
+    marks = tuple(f"modewalk: vcpu {vcpu} {word} " for word in ("lap", "held"))
+    return lambda line: line.startswith(marks)
 
 
 def await_end(session: Session) -> None:

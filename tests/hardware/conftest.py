@@ -7,11 +7,9 @@ Whatever a test does, the kernel must not complain: new lines of its log are loo
 from __future__ import annotations
 
 import os
-import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -22,16 +20,11 @@ from kvmi_host.attach.policy import FULL
 from kvmi_host.attach.session import hand_to_kernel
 from kvmi_host.attach.target import find_target
 from kvmi_host.attach.vmfd import VmHandle
+from kvmi_host.host.kernel_log import TROUBLE
 from kvmi_host.host.kvm import require_introspection
 from kvmi_host.introspect import Session
-from kvmi_host.provision import find_image
 from kvmi_host.testing.live import DEADLINE, LiveGuest, Walker, Wire
 
-COMPLAINT = re.compile(
-    r"WARNING:|BUG:|Oops|soft lockup|hung task|blocked for more than|detected stall|general protection"
-    r"|KASAN|UBSAN|lockdep|leaked|use-after-free|list_(add|del) corruption|refcount_t:"
-)
-MODEWALK = Path(str(find_image("modewalk").kernel))
 VCPUS = 4
 
 
@@ -79,17 +72,16 @@ def kernel_log(_log: KernelLog) -> Iterator[KernelLog]:
     """The kernel's log; a complaint in it fails the test that brought it about."""
     _log.read()
     yield _log
-    complaints = [line for line in _log.read() if COMPLAINT.search(line)]
+    complaints = [line for line in _log.read() if TROUBLE.search(line)]
     assert not complaints, "the kernel complains:\n" + "\n".join(complaints)
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failure shows the end of the kernel's log, and of the guest's serial output."""
-    outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
+    report = yield
     if not report.failed or not isinstance(item, pytest.Function):
-        return
+        return report
     log = item.funcargs.get("kernel_log")
     if isinstance(log, KernelLog):
         log.read()
@@ -97,11 +89,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     for name in ("guest", "own_guest"):
         if isinstance(guest := item.funcargs.get(name), LiveGuest):
             report.sections.append((f"serial output of {name}, its end", guest.tail()))
+    return report
 
 
 @pytest.fixture(scope="session")
 def _guest() -> Iterator[LiveGuest]:
-    with LiveGuest(MODEWALK, VCPUS) as guest:
+    with LiveGuest(VCPUS) as guest:
         yield guest.booted()
 
 
@@ -117,7 +110,7 @@ def guest(_guest: LiveGuest) -> Iterator[LiveGuest]:
 @pytest.fixture
 def own_guest(_guest: LiveGuest, request: pytest.FixtureRequest) -> Iterator[LiveGuest]:
     """A running modewalk guest with two vCPUs, for tests that may break it. The shared one stands aside if it can."""
-    with nullcontext() if "guest" in request.fixturenames else _guest.frozen(), LiveGuest(MODEWALK, 2) as guest:
+    with nullcontext() if "guest" in request.fixturenames else _guest.frozen(), LiveGuest(2) as guest:
         yield guest.booted()
 
 

@@ -134,10 +134,9 @@ def test_hook_and_unhook_a_hundred_times_leaves_nothing_behind(own_guest: LiveGu
 
 
 def test_a_vm_can_be_hooked_and_killed_over_and_over(hooked: Callable[..., Session], own_guest: LiveGuest) -> None:
-    image = Path(os.environ.get("KVMI_IMAGES", "/opt/kvmi-host/images")) / "modewalk.elf"
     before = users_of_kvm()
     for _ in range(5):
-        with LiveGuest(image, 2) as guest:
+        with LiveGuest(2) as guest:
             walker = Walker(hooked(guest.booted()), 2)
             walker.enable(EventId.HYPERCALL)
             walker.event()

@@ -17,7 +17,6 @@ from kvmi_host.testing.live import DEADLINE, LiveGuest
 
 pytestmark = pytest.mark.hardware
 
-IMAGE = Path(os.environ.get("KVMI_IMAGES", "/opt/kvmi-host/images")) / "modewalk.elf"
 OURS = Path("/run/kvmi/modules")
 
 
@@ -52,14 +51,14 @@ def test_the_modules_unload_and_load(vendor: str) -> None:
     for _ in range(3):
         unload(vendor)
         load_ours(vendor)
-        with LiveGuest(IMAGE, 1) as guest:
+        with LiveGuest(1) as guest:
             attach(guest.booted().name).close()
 
 
 def test_a_host_with_stock_modules_is_told_what_to_do(vendor: str) -> None:
     unload(vendor)
     subprocess.run(["modprobe", vendor], check=True)
-    with LiveGuest(IMAGE, 1) as guest:
+    with LiveGuest(1) as guest:
         with pytest.raises(AttachRefused, match="load the kvmi modules"):
             attach(guest.booted().name)
         run = subprocess.run(["kvmi-host", "attach", guest.name], capture_output=True, text=True, timeout=DEADLINE)

@@ -122,11 +122,19 @@ static void kvmi_kick(struct kvm_vcpu *vcpu, bool wait)
 		smp_call_function_single(cpu, kvmi_ack_kick, NULL, 1);
 }
 
+void kvmi_kick_all(struct kvmi *kvmi)
+{
+	struct kvm_vcpu *vcpu;
+	unsigned long idx;
+
+	kvm_for_each_vcpu(idx, vcpu, kvmi->kvm)
+		kvmi_kick(vcpu, false);
+}
+
 static void kvmi_end(struct kvmi *kvmi)
 {
 	struct kvm *kvm = kvmi->kvm;
 	struct kvmi_vcpu *iv;
-	struct kvm_vcpu *vcpu;
 	unsigned long idx;
 
 	WRITE_ONCE(kvmi->ended, true);
@@ -141,8 +149,7 @@ static void kvmi_end(struct kvmi *kvmi)
 	xa_for_each(&kvmi->vcpus, idx, iv)
 		wake_up_all(&iv->wq);
 	/* and all of them give up what they intercept for the introspector. */
-	kvm_for_each_vcpu(idx, vcpu, kvm)
-		kvmi_kick(vcpu, false);
+	kvmi_kick_all(kvmi);
 
 	complete_all(&kvmi->done);
 }
@@ -419,15 +426,6 @@ void kvmi_vcpu_created(struct kvm_vcpu *vcpu)
 {
 	if (rcu_access_pointer(vcpu->kvm->kvmi.session))
 		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
-}
-
-void kvmi_announce_vcpus(struct kvmi *kvmi)
-{
-	struct kvm_vcpu *vcpu;
-	unsigned long idx;
-
-	kvm_for_each_vcpu(idx, vcpu, kvmi->kvm)
-		kvmi_kick(vcpu, false);
 }
 
 bool kvmi_event_on(struct kvmi *kvmi, struct kvmi_vcpu *iv, unsigned int id)

@@ -122,7 +122,7 @@ struct kvmi_vcpu *kvmi_vcpu_state(struct kvmi *kvmi, struct kvm_vcpu *vcpu);
 int kvmi_add_job(struct kvmi *kvmi, struct kvm_vcpu *vcpu,
 		 struct kvmi_job *job);
 int kvmi_add_pause(struct kvmi *kvmi, struct kvm_vcpu *vcpu, bool wait);
-void kvmi_announce_vcpus(struct kvmi *kvmi);
+void kvmi_kick_all(struct kvmi *kvmi);
 bool kvmi_event_on(struct kvmi *kvmi, struct kvmi_vcpu *iv, unsigned int id);
 int kvmi_wait_for_reply(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 			struct kvm_vcpu *vcpu);

@@ -157,8 +157,9 @@ static int kvmi_control_vm_events(const struct kvmi_ctx *ctx,
 	else
 		assign_bit(cmd->event_id, kvmi->vm_events, cmd->enable);
 
+	/* Those that have not announced themselves do so now. */
 	if (!err && cmd->enable && cmd->event_id == KVMI_EVENT_CREATE_VCPU)
-		kvmi_announce_vcpus(kvmi);
+		kvmi_kick_all(kvmi);
 
 	return kvmi_answer(ctx, err, NULL, 0);
 }
