@@ -9,6 +9,12 @@
 #include <linux/rcupdate.h>
 #include <linux/types.h>
 
+/*
+ * Tells the three modules from the kernel's own: modinfo shows it, and dkms
+ * would not put a module in the place of one with the same version, or none.
+ */
+#define KVMI_MODULE_VERSION	"kvmi"
+
 struct kvm;
 struct kvm_vcpu;
 struct kvmi;

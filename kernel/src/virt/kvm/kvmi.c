@@ -15,6 +15,8 @@
 #include <net/sock.h>
 #include "kvmi_int.h"
 
+MODULE_VERSION(KVMI_MODULE_VERSION);
+
 static bool introspection;
 module_param(introspection, bool, 0644);
 MODULE_PARM_DESC(introspection, "Let a privileged process introspect VMs");

@@ -2,9 +2,12 @@
 /*
  * KVM introspection: AMD's intercepts.
  */
+#include <linux/module.h>
 #include "svm.h"
 #include "../kvm_cache_regs.h"
 #include "../kvmi.h"
+
+MODULE_VERSION(KVMI_MODULE_VERSION);
 
 /* vcpu->kvmi.cr_writes has changed. CR4 writes exit anyway. */
 void svm_kvmi_update_crs(struct kvm_vcpu *vcpu)

@@ -2,9 +2,12 @@
 /*
  * KVM introspection: Intel's execution controls.
  */
+#include <linux/module.h>
 #include "vmx.h"
 #include "../kvm_cache_regs.h"
 #include "../kvmi.h"
+
+MODULE_VERSION(KVMI_MODULE_VERSION);
 
 /* vcpu->kvmi.cr_writes has changed. */
 void vmx_kvmi_update_crs(struct kvm_vcpu *vcpu)
