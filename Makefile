@@ -33,6 +33,10 @@ test-hardware: ## The hardware suite alone, in the host in a box; K=expr chooses
 lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint
 
+.PHONY: dkms
+dkms: ## Build the Debian package with which a host builds the modules for its kernels by itself
+	@$(IN_ENVIRONMENT) kernel/dkms/build
+
 .PHONY: modules
 modules: ## Build the KVM modules; prints where they are; SERIES=6.12 chooses another kernel's
 	@kernel/build $(if $(SERIES),--series $(SERIES))
