@@ -18,6 +18,7 @@
 struct kvm;
 struct kvm_vcpu;
 struct kvmi;
+struct kvmi_event_pf_reply;
 
 /* Embedded in struct kvm. */
 struct kvmi_vm {
@@ -27,18 +28,38 @@ struct kvmi_vm {
 	struct kvmi __rcu *session;
 };
 
-/* Embedded in struct kvm_vcpu; touched by the vCPU's thread alone. */
+/*
+ * Embedded in struct kvm_vcpu; touched by the vCPU's thread alone.
+ *
+ * @events, @cr_writes, @msr_writes and @step are what the guest is intercepted
+ * for, whether or not KVM needs it: see kvmi_handle_request().
+ */
 struct kvmi_vcpu_host {
-	/* Bit n: writes to CRn must exit, whether or not KVM needs it. */
-	unsigned long cr_writes;
-	/* The reply to an event moved rip; see kvmi_handle_request(). */
+	unsigned long events;		/* bit n: event n is wanted */
+	unsigned long cr_writes;	/* bit n: writes to CRn */
+	unsigned long *msr_writes;	/* NULL: none; see kvmi_msr_index() */
+	bool step;			/* stop after each instruction */
+
+	/* An instruction has been done since @step was set. */
+	bool stepped;
+	/* AMD: the guest runs with a trap flag that is not its own, */
+	bool own_tf;
+	/* and its next instruction loads its flags. */
+	bool loads_flags;
+
+	/* The reply to an event moved rip. */
 	bool rip_moved;
 	unsigned long rip;
+
+	/* While the access of a PF event is emulated. */
+	const struct kvmi_event_pf_reply *pf;
+	u64 pf_gfn;
 };
 
 void kvmi_init_vm(struct kvm *kvm);
 void kvmi_release_vm(struct kvm *kvm);
 void kvmi_vcpu_created(struct kvm_vcpu *vcpu);
+void kvmi_vcpu_destroyed(struct kvm_vcpu *vcpu);
 int kvmi_capability(void);
 bool kvmi_is_ioctl(unsigned int ioctl);
 long kvmi_vm_ioctl(struct kvm *kvm, unsigned int ioctl, void __user *argp);

@@ -4,6 +4,7 @@
  */
 #define pr_fmt(fmt) "kvmi: " fmt
 
+#include <linux/bitmap.h>
 #include <linux/capability.h>
 #include <linux/file.h>
 #include <linux/kthread.h>
@@ -52,6 +53,7 @@ static void kvmi_free_vcpu(struct kvmi_vcpu *iv)
 
 	list_for_each_entry_safe(job, next, &iv->jobs, link)
 		kfree(job);
+	bitmap_free(iv->msr_writes);
 	kfree(iv);
 }
 
@@ -66,6 +68,7 @@ void kvmi_put(struct kvmi *kvmi)
 	xa_for_each(&kvmi->vcpus, idx, iv)
 		kvmi_free_vcpu(iv);
 	xa_destroy(&kvmi->vcpus);
+	xa_destroy(&kvmi->access);
 	sockfd_put(kvmi->sock);
 	kvfree_rcu(kvmi, rcu);
 }
@@ -152,6 +155,7 @@ static void kvmi_end(struct kvmi *kvmi)
 		wake_up_all(&iv->wq);
 	/* and all of them give up what they intercept for the introspector. */
 	kvmi_kick_all(kvmi);
+	kvmi_forget_pages(kvmi);
 
 	complete_all(&kvmi->done);
 }
@@ -247,6 +251,7 @@ static struct kvmi *kvmi_alloc(struct kvm *kvm,
 	init_completion(&kvmi->done);
 	mutex_init(&kvmi->send_lock);
 	xa_init(&kvmi->vcpus);
+	xa_init(&kvmi->access);
 	set_bit(KVMI_GET_VERSION, kvmi->cmd_allowed);
 	set_bit(KVMI_CHECK_COMMAND, kvmi->cmd_allowed);
 	set_bit(KVMI_CHECK_EVENT, kvmi->cmd_allowed);
@@ -491,8 +496,10 @@ int kvmi_add_pause(struct kvmi *kvmi, struct kvm_vcpu *vcpu, bool wait)
 		err = -EBUSY;
 	spin_unlock(&iv->lock);
 
-	if (!err)
+	if (!err) {
+		wake_up(&iv->wq);
 		kvmi_kick(vcpu, wait);
+	}
 	return err;
 }
 
@@ -559,12 +566,25 @@ static bool kvmi_serve(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 	if (READ_ONCE(kvmi->ended))
 		return false;
 
+	if (vcpu->kvmi.stepped) {
+		vcpu->kvmi.stepped = false;
+		kvmi_end_step(kvmi, vcpu);
+		if (kvmi_event_on(kvmi, iv, KVMI_EVENT_SINGLESTEP))
+			kvmi_plain_event(kvmi, iv, vcpu, KVMI_EVENT_SINGLESTEP);
+		return true;
+	}
+
 	if (kvmi_run_next_job(kvmi, iv, vcpu))
 		return true;
 
 	if (!iv->announced && kvmi_event_on(kvmi, iv, KVMI_EVENT_CREATE_VCPU)) {
 		iv->announced = true;
 		kvmi_plain_event(kvmi, iv, vcpu, KVMI_EVENT_CREATE_VCPU);
+		return true;
+	}
+
+	if (iv->inject && kvmi_in_view(vcpu)) {
+		kvmi_inject(kvmi, iv, vcpu);
 		return true;
 	}
 
@@ -576,6 +596,21 @@ static bool kvmi_serve(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 	return false;
 }
 
+/* Waits for another vCPU's step; true: there is something to do meanwhile. */
+static bool kvmi_stand(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+		       struct kvm_vcpu *vcpu)
+{
+	if (!kvmi_held(kvmi, vcpu))
+		return false;
+
+	/* The other one may be reset, which nobody tells. */
+	wait_event_interruptible_timeout(iv->wq,
+					 !list_empty_careful(&iv->jobs) ||
+					 READ_ONCE(iv->pauses) ||
+					 !kvmi_held(kvmi, vcpu), HZ / 10);
+	return true;
+}
+
 /*
  * KVM_REQ_INTROSPECTION: called by the vCPU's thread between two entries into
  * the guest, or between two sleeps of a halted one, in the read side of
@@ -585,16 +620,19 @@ void kvmi_handle_request(struct kvm_vcpu *vcpu)
 {
 	struct kvmi *kvmi = kvmi_get(vcpu->kvm);
 	struct kvmi_vcpu *iv = NULL;
-	unsigned long crs = 0;
 
 	kvmi_arch_finish_regs(vcpu);
 
 	if (kvmi)
 		iv = kvmi_vcpu_state(kvmi, vcpu);
 	if (iv) {
+		if (!iv->begun)
+			vcpu->kvmi.stepped = false;
+		iv->begun = true;
 		/* A peer that does not read must not hold up memory slots. */
 		kvm_vcpu_srcu_read_unlock(vcpu);
-		while (kvmi_serve(kvmi, iv, vcpu)) {
+		while (kvmi_serve(kvmi, iv, vcpu) ||
+		       kvmi_stand(kvmi, iv, vcpu)) {
 			if (!signal_pending(current))
 				continue;
 			/* The VMM wants its thread: the rest comes later. */
@@ -602,14 +640,13 @@ void kvmi_handle_request(struct kvm_vcpu *vcpu)
 			break;
 		}
 		kvm_vcpu_srcu_read_lock(vcpu);
+		kvmi_arch_finish_regs(vcpu);
 
 		/* kvmi_end() makes the request once more, after this. */
-		if (!READ_ONCE(kvmi->ended) &&
-		    kvmi_event_on(kvmi, iv, KVMI_EVENT_CR))
-			crs = iv->cr_writes;
+		if (READ_ONCE(kvmi->ended))
+			iv = NULL;
 	}
-	if (crs != vcpu->kvmi.cr_writes)
-		kvmi_arch_intercept_crs(vcpu, crs);
+	kvmi_arch_intercept(kvmi, iv, vcpu);
 	if (kvmi)
 		kvmi_put(kvmi);
 }

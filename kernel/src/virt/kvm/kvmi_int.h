@@ -4,7 +4,10 @@
  *
  * kvmi.c      sessions: hook and unhook, vCPU jobs, waiting for a reply
  * kvmi_msg.c  the wire: framing, dispatch, commands, events and replies
- * arch/x86/kvm/kvmi.c  registers, mode, the x86 commands and events
+ * arch/x86/kvm/kvmi.c         the state of a vCPU, x86 commands, intercepts
+ * arch/x86/kvm/kvmi_events.c  what a guest does that makes an event
+ * arch/x86/kvm/kvmi_step.c    single steps
+ * arch/x86/kvm/mmu/kvmi.c     access to pages
  *
  * Life of a session: KVM_INTROSPECTION_HOOK makes it and starts its receiving
  * thread. The session ends when that thread can read no more: the peer closed
@@ -63,6 +66,14 @@ struct kvmi {
 	/* struct kvmi_vcpu by vCPU index, each made when first needed. */
 	struct xarray vcpus;
 
+	/*
+	 * KVMI_PAGE_ACCESS_* of the pages that are watched, by frame number.
+	 * Changed before mappings are dropped, read by whoever makes one.
+	 */
+	struct xarray access;
+	/* The vCPU that makes an access by itself while all others stand. */
+	struct kvm_vcpu *stepper;
+
 	/* Of the receiving thread alone. */
 	bool answers_off;
 	u8 msg[sizeof(struct kvmi_msg_hdr) + KVMI_MSG_SIZE] __aligned(8);
@@ -85,6 +96,7 @@ struct kvmi_vcpu_reply {
 	void *data;		/* where its own data goes, @size bytes */
 	const void *same;	/* the own data that changes nothing */
 	size_t size;
+	bool (*valid)(const void *data);	/* NULL: any own data is */
 };
 
 struct kvmi_vcpu {
@@ -100,10 +112,15 @@ struct kvmi_vcpu {
 	/* Of the vCPU's thread alone, from here on. */
 	bool waiting;
 	struct kvmi_vcpu_reply reply;
+	bool begun;			/* nothing is left of an earlier session */
 	bool announced;			/* CREATE_VCPU has been sent */
 	bool have_regs;			/* SET_REGISTERS came while waiting: */
 	struct kvm_regs regs;
 	unsigned long cr_writes;	/* bit n: CONTROL_CR asked for CRn */
+	unsigned long *msr_writes;	/* what CONTROL_MSR asked for, or NULL */
+	bool msrs_changed;		/* since it was last looked at */
+	struct kvmi_inject_exception exception;
+	bool inject;			/* @exception is to be injected */
 	DECLARE_BITMAP(events, KVMI_NUM_EVENTS);
 };
 
@@ -141,15 +158,44 @@ bool kvmi_command_served(unsigned int id);
 bool kvmi_command_changes_guest(unsigned int id);
 bool kvmi_event_served(unsigned int id);
 
-/* arch */
+/* arch/x86/kvm/kvmi.c */
+bool kvmi_in_view(struct kvm_vcpu *vcpu);
 void kvmi_arch_fill_event(struct kvm_vcpu *vcpu, struct kvmi_event_arch *ev);
 void kvmi_arch_set_regs(struct kvm_vcpu *vcpu, const struct kvm_regs *regs);
 void kvmi_arch_finish_regs(struct kvm_vcpu *vcpu);
-void kvmi_arch_intercept_crs(struct kvm_vcpu *vcpu, unsigned long crs);
+void kvmi_arch_intercept(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+			 struct kvm_vcpu *vcpu);
 bool kvmi_arch_vcpu_started(struct kvm_vcpu *vcpu);
 u64 kvmi_arch_tsc_hz(struct kvm_vcpu *vcpu);
+bool kvmi_arch_event_served(unsigned int id);
 int kvmi_arch_control_cr(struct kvmi_vcpu *iv, const struct kvmi_control_cr *cmd);
+int kvmi_arch_control_msr(struct kvmi_vcpu *iv,
+			  const struct kvmi_control_msr *cmd);
 int kvmi_arch_get_registers(const struct kvmi_ctx *ctx, struct kvm_vcpu *vcpu,
 			    const struct kvmi_get_registers *cmd, size_t size);
+int kvmi_arch_get_cpuid(struct kvm_vcpu *vcpu, const struct kvmi_get_cpuid *cmd,
+			struct kvmi_get_cpuid_reply *rpl);
+int kvmi_arch_inject_exception(struct kvmi_vcpu *iv,
+			       const struct kvmi_inject_exception *cmd);
+int kvmi_arch_mtrr_type(struct kvm *kvm, gpa_t gpa, u8 *type);
+
+/* arch/x86/kvm/kvmi_events.c */
+int kvmi_exit_event(struct kvm_vcpu *vcpu, unsigned int id, const void *data,
+		    size_t size, const struct kvmi_vcpu_reply *expect);
+void kvmi_inject(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+		 struct kvm_vcpu *vcpu);
+
+/* arch/x86/kvm/kvmi_step.c */
+bool kvmi_start_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu, gfn_t gfn);
+void kvmi_end_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu);
+bool kvmi_held(struct kvmi *kvmi, struct kvm_vcpu *vcpu);
+
+/* arch/x86/kvm/mmu/kvmi.c */
+bool kvmi_page_access_valid(u8 access);
+u8 kvmi_get_access(struct kvmi *kvmi, gfn_t gfn);
+int kvmi_set_access(struct kvmi *kvmi, gfn_t gfn, u8 access);
+void kvmi_open_page(struct kvmi *kvmi, gfn_t gfn);
+void kvmi_close_pages(struct kvmi *kvmi);
+void kvmi_forget_pages(struct kvmi *kvmi);
 
 #endif /* __KVMI_INT_H */

@@ -292,6 +292,75 @@ static int kvmi_write_physical(const struct kvmi_ctx *ctx, const void *payload,
 	return kvmi_answer(ctx, err, NULL, 0);
 }
 
+static bool kvmi_visible(struct kvm *kvm, gpa_t gpa)
+{
+	int idx = srcu_read_lock(&kvm->srcu);
+	bool visible = kvm_is_visible_gfn(kvm, gpa_to_gfn(gpa));
+
+	srcu_read_unlock(&kvm->srcu, idx);
+	return visible;
+}
+
+static int kvmi_get_page_access(const struct kvmi_ctx *ctx, const void *payload,
+				size_t size)
+{
+	const struct kvmi_get_page_access *cmd = payload;
+	struct kvmi *kvmi = ctx->kvmi;
+	u8 access[KVMI_MSG_SIZE / sizeof(cmd->gpa[0])];
+	unsigned int i, count = cmd->count;
+
+	if (cmd->view || cmd->padding || size < struct_size(cmd, gpa, count))
+		return kvmi_answer(ctx, -EINVAL, NULL, 0);
+
+	for (i = 0; i < count; i++) {
+		if (!kvmi_visible(kvmi->kvm, cmd->gpa[i]))
+			return kvmi_answer(ctx, -EINVAL, NULL, 0);
+		access[i] = kvmi_get_access(kvmi, gpa_to_gfn(cmd->gpa[i]));
+	}
+	return kvmi_answer(ctx, 0, access, count);
+}
+
+/* All or nothing, unless memory runs out. */
+static int kvmi_set_page_access(const struct kvmi_ctx *ctx, const void *payload,
+				size_t size)
+{
+	const struct kvmi_set_page_access *cmd = payload;
+	const struct kvmi_page_access_entry *entry;
+	unsigned int i, count = cmd->count;
+	struct kvmi *kvmi = ctx->kvmi;
+	int err = 0;
+
+	if (cmd->view || cmd->padding ||
+	    size < struct_size(cmd, entries, count))
+		return kvmi_answer(ctx, -EINVAL, NULL, 0);
+	if (!kvmi_event_served(KVMI_EVENT_PF))
+		return kvmi_answer(ctx, -EOPNOTSUPP, NULL, 0);
+
+	for (i = 0; i < count; i++) {
+		entry = &cmd->entries[i];
+		if (entry->padding1 || entry->padding2 || entry->padding3 ||
+		    !kvmi_page_access_valid(entry->access) ||
+		    !kvmi_visible(kvmi->kvm, entry->gpa))
+			return kvmi_answer(ctx, -EINVAL, NULL, 0);
+	}
+	for (i = 0; i < count && !err; i++) {
+		entry = &cmd->entries[i];
+		err = kvmi_set_access(kvmi, gpa_to_gfn(entry->gpa),
+				      entry->access);
+	}
+	return kvmi_answer(ctx, err, NULL, 0);
+}
+
+static int kvmi_get_mtrr_type(const struct kvmi_ctx *ctx, const void *payload,
+			      size_t size)
+{
+	const struct kvmi_get_mtrr_type *cmd = payload;
+	struct kvmi_get_mtrr_type_reply rpl = {};
+	int err = kvmi_arch_mtrr_type(ctx->kvmi->kvm, cmd->gpa, &rpl.type);
+
+	return kvmi_answer(ctx, err, &rpl, sizeof(rpl));
+}
+
 static int kvmi_pause_vcpu(const struct kvmi_ctx *ctx, struct kvm_vcpu *vcpu,
 			   const void *payload)
 {
@@ -358,6 +427,53 @@ static int kvmi_control_cr(const struct kvmi_ctx *ctx, struct kvmi_vcpu *iv,
 	return kvmi_answer(ctx, err, NULL, 0);
 }
 
+static int kvmi_control_msr(const struct kvmi_ctx *ctx, struct kvmi_vcpu *iv,
+			    struct kvm_vcpu *vcpu, const void *payload,
+			    size_t size)
+{
+	int err = kvmi_arch_control_msr(iv, payload);
+
+	if (!err)
+		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+	return kvmi_answer(ctx, err, NULL, 0);
+}
+
+static int kvmi_get_cpuid(const struct kvmi_ctx *ctx, struct kvmi_vcpu *iv,
+			  struct kvm_vcpu *vcpu, const void *payload,
+			  size_t size)
+{
+	struct kvmi_get_cpuid_reply rpl;
+	int err = kvmi_arch_get_cpuid(vcpu, payload, &rpl);
+
+	return kvmi_answer(ctx, err, &rpl, sizeof(rpl));
+}
+
+static int kvmi_get_xsave(const struct kvmi_ctx *ctx, struct kvmi_vcpu *iv,
+			  struct kvm_vcpu *vcpu, const void *payload,
+			  size_t size)
+{
+	struct kvm_xsave *xsave = kzalloc(sizeof(*xsave), GFP_KERNEL_ACCOUNT);
+	int err;
+
+	if (!xsave)
+		return kvmi_answer(ctx, -ENOMEM, NULL, 0);
+	err = kvm_arch_vcpu_get_xsave(vcpu, xsave);
+	err = kvmi_answer(ctx, err, xsave, sizeof(*xsave));
+	kfree(xsave);
+	return err;
+}
+
+static int kvmi_inject_exception(const struct kvmi_ctx *ctx,
+				 struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu,
+				 const void *payload, size_t size)
+{
+	int err = kvmi_arch_inject_exception(iv, payload);
+
+	if (!err)
+		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+	return kvmi_answer(ctx, err, NULL, 0);
+}
+
 static int kvmi_get_registers(const struct kvmi_ctx *ctx, struct kvmi_vcpu *iv,
 			      struct kvm_vcpu *vcpu, const void *payload,
 			      size_t size)
@@ -418,6 +534,10 @@ static const struct kvmi_command kvmi_commands[KVMI_NUM_MESSAGES] = {
 		.vcpu = kvmi_control_cr,
 		.size = sizeof(struct kvmi_control_cr),
 	},
+	[KVMI_CONTROL_MSR] = {
+		.vcpu = kvmi_control_msr,
+		.size = sizeof(struct kvmi_control_msr),
+	},
 	[KVMI_GET_REGISTERS] = {
 		.vcpu = kvmi_get_registers,
 		.size = sizeof(struct kvmi_get_registers),
@@ -427,6 +547,11 @@ static const struct kvmi_command kvmi_commands[KVMI_NUM_MESSAGES] = {
 		.size = sizeof(struct kvm_regs),
 		.changes_guest = true,
 	},
+	[KVMI_GET_CPUID] = {
+		.vcpu = kvmi_get_cpuid,
+		.size = sizeof(struct kvmi_get_cpuid),
+	},
+	[KVMI_GET_XSAVE] = { .vcpu = kvmi_get_xsave },
 	[KVMI_READ_PHYSICAL] = {
 		.vm = kvmi_read_physical,
 		.size = sizeof(struct kvmi_read_physical),
@@ -436,17 +561,30 @@ static const struct kvmi_command kvmi_commands[KVMI_NUM_MESSAGES] = {
 		.size = sizeof(struct kvmi_write_physical),
 		.changes_guest = true,
 	},
+	[KVMI_INJECT_EXCEPTION] = {
+		.vcpu = kvmi_inject_exception,
+		.size = sizeof(struct kvmi_inject_exception),
+		.changes_guest = true,
+	},
+	[KVMI_GET_PAGE_ACCESS] = {
+		.vm = kvmi_get_page_access,
+		.size = sizeof(struct kvmi_get_page_access),
+	},
+	[KVMI_SET_PAGE_ACCESS] = {
+		.vm = kvmi_set_page_access,
+		.size = sizeof(struct kvmi_set_page_access),
+		.changes_guest = true,
+	},
+	[KVMI_GET_MTRR_TYPE] = {
+		.vm = kvmi_get_mtrr_type,
+		.size = sizeof(struct kvmi_get_mtrr_type),
+	},
 	[KVMI_CONTROL_CMD_RESPONSE] = {
 		.vm = kvmi_control_cmd_response,
 		.size = sizeof(struct kvmi_control_cmd_response),
 	},
 	[KVMI_GET_MAX_GFN] = { .vm = kvmi_get_max_gfn },
 };
-
-static const unsigned long kvmi_events_served =
-	BIT(KVMI_EVENT_UNHOOK) | BIT(KVMI_EVENT_CR) |
-	BIT(KVMI_EVENT_HYPERCALL) | BIT(KVMI_EVENT_CREATE_VCPU) |
-	BIT(KVMI_EVENT_PAUSE_VCPU);
 
 /* Returns NULL for an id that is not served. */
 static const struct kvmi_command *kvmi_command(unsigned int id)
@@ -473,7 +611,7 @@ bool kvmi_command_changes_guest(unsigned int id)
 
 bool kvmi_event_served(unsigned int id)
 {
-	return id < KVMI_NUM_EVENTS && (kvmi_events_served & BIT(id));
+	return id < KVMI_NUM_EVENTS && kvmi_arch_event_served(id);
 }
 
 static int kvmi_queue(struct kvmi *kvmi, struct kvm_vcpu *vcpu,
@@ -621,6 +759,8 @@ static int kvmi_read_reply(struct kvmi *kvmi, struct kvmi_vcpu_reply *expected,
 		memset(expected->data, 0, expected->size);
 		memcpy(expected->data, payload + sizeof(common), own);
 	}
+	if (expected->valid && !expected->valid(expected->data))
+		return -EINVAL;
 
 	if (common.action != KVMI_EVENT_ACTION_CRASH &&
 	    !(common.action < BITS_PER_LONG &&

@@ -1,21 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * KVM introspection: x86.
+ * KVM introspection: the state of a vCPU, x86 commands, what is intercepted.
  */
-#define pr_fmt(fmt) "kvmi: " fmt
-
+#include <linux/bitmap.h>
 #include <linux/kvm_host.h>
-#include <linux/mm.h>
+#include <linux/nospec.h>
+#include <asm/mtrr.h>
+#include "cpuid.h"
 #include "kvm_cache_regs.h"
 #include "kvmi.h"
 #include "x86.h"
 #include "../../../virt/kvm/kvmi_int.h"
 
-/* The guest's hypercall to its introspector, as made by Xen's guest agents. */
-#define KVMI_HC_GUEST_REQUEST		34
-#define KVMI_HC_GUEST_REQUEST_EVENT	24
+/* Set once, by the vendor's module. */
+unsigned long kvmi_events_not_served __read_mostly;
+EXPORT_SYMBOL_GPL(kvmi_events_not_served);
+
+bool kvmi_arch_event_served(unsigned int id)
+{
+	return !(kvmi_events_not_served & BIT(id));
+}
 
 /* ---- state ---- */
+
+/* What a guest's guest does, or its firmware in SMM, is not looked at. */
+bool kvmi_in_view(struct kvm_vcpu *vcpu)
+{
+	return !is_guest_mode(vcpu) && !(vcpu->arch.hflags & HF_SMM_MASK);
+}
 
 /* The operand size in bytes: from CS, and from EFER and CR0. */
 static u8 kvmi_mode(const struct kvm_sregs *sregs)
@@ -86,14 +98,75 @@ void kvmi_arch_finish_regs(struct kvm_vcpu *vcpu)
 	kvm_rip_write(vcpu, vcpu->kvmi.rip);
 }
 
-void kvmi_arch_intercept_crs(struct kvm_vcpu *vcpu, unsigned long crs)
+/* ---- intercepts ---- */
+
+static void kvmi_forget_msrs(struct kvm_vcpu *vcpu)
 {
+	if (!vcpu->kvmi.msr_writes)
+		return;
+	bitmap_free(vcpu->kvmi.msr_writes);
+	vcpu->kvmi.msr_writes = NULL;
+	static_call(kvm_x86_msr_filter_changed)(vcpu);
+}
+
+static void kvmi_update_msrs(struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu)
+{
+	if (!iv->msrs_changed)
+		return;
+	if (!vcpu->kvmi.msr_writes)
+		vcpu->kvmi.msr_writes = bitmap_zalloc(KVMI_NUM_MSRS,
+						      GFP_KERNEL_ACCOUNT);
+	if (!vcpu->kvmi.msr_writes)
+		return;
+	bitmap_copy(vcpu->kvmi.msr_writes, iv->msr_writes, KVMI_NUM_MSRS);
+	iv->msrs_changed = false;
+	/* It looks at every MSR that could be the guest's own. */
+	static_call(kvm_x86_msr_filter_changed)(vcpu);
+}
+
+/*
+ * Derives what is intercepted from what the session wants; @iv is NULL if
+ * there is no session.
+ */
+void kvmi_arch_intercept(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+			 struct kvm_vcpu *vcpu)
+{
+	struct kvmi_vcpu_host *host = &vcpu->kvmi;
+	unsigned long events = 0, crs = 0;
+	bool step = false;
+
 	/* The request is made again when its guest has left. */
 	if (is_guest_mode(vcpu))
 		return;
 
-	vcpu->kvmi.cr_writes = crs;
-	static_call(kvm_x86_kvmi_update_crs)(vcpu);
+	if (iv) {
+		events = *iv->events & *kvmi->event_allowed;
+		step = events & BIT(KVMI_EVENT_SINGLESTEP) ||
+		       READ_ONCE(kvmi->stepper) == vcpu;
+		if (events & BIT(KVMI_EVENT_CR))
+			crs = iv->cr_writes;
+	}
+
+	if (events & BIT(KVMI_EVENT_MSR))
+		kvmi_update_msrs(iv, vcpu);
+	else
+		kvmi_forget_msrs(vcpu);
+	if (iv && !(events & BIT(KVMI_EVENT_MSR)))
+		iv->msrs_changed = iv->msr_writes;
+
+	if (events == host->events && crs == host->cr_writes &&
+	    step == host->step)
+		return;
+	host->events = events;
+	host->cr_writes = crs;
+	host->step = step;
+	static_call(kvm_x86_kvmi_update)(vcpu);
+	static_call(kvm_x86_update_exception_bitmap)(vcpu);
+}
+
+void kvmi_vcpu_destroyed(struct kvm_vcpu *vcpu)
+{
+	bitmap_free(vcpu->kvmi.msr_writes);
 }
 
 /* ---- commands ---- */
@@ -112,6 +185,29 @@ int kvmi_arch_control_cr(struct kvmi_vcpu *iv, const struct kvmi_control_cr *cmd
 	default:
 		return -EINVAL;
 	}
+}
+
+int kvmi_arch_control_msr(struct kvmi_vcpu *iv,
+			  const struct kvmi_control_msr *cmd)
+{
+	unsigned int index = kvmi_msr_index(cmd->msr);
+
+	if (cmd->enable > 1 || cmd->padding1 || cmd->padding2 ||
+	    index >= KVMI_NUM_MSRS)
+		return -EINVAL;
+
+	if (!iv->msr_writes) {
+		if (!cmd->enable)
+			return 0;
+		iv->msr_writes = bitmap_zalloc(KVMI_NUM_MSRS,
+					       GFP_KERNEL_ACCOUNT);
+		if (!iv->msr_writes)
+			return -ENOMEM;
+	}
+	index = array_index_nospec(index, KVMI_NUM_MSRS);
+	__assign_bit(index, iv->msr_writes, cmd->enable);
+	iv->msrs_changed = true;
+	return 0;
 }
 
 static int kvmi_fill_msrs(struct kvm_vcpu *vcpu, struct kvm_msrs *msrs,
@@ -156,115 +252,102 @@ int kvmi_arch_get_registers(const struct kvmi_ctx *ctx, struct kvm_vcpu *vcpu,
 	return err;
 }
 
-/* ---- events ---- */
-
-/* What a guest's guest does, or its firmware in SMM, is not looked at. */
-static bool kvmi_in_view(struct kvm_vcpu *vcpu)
+int kvmi_arch_get_cpuid(struct kvm_vcpu *vcpu, const struct kvmi_get_cpuid *cmd,
+			struct kvmi_get_cpuid_reply *rpl)
 {
-	return !is_guest_mode(vcpu) && !(vcpu->arch.hflags & HF_SMM_MASK);
+	struct kvm_cpuid_entry2 *entry;
+
+	entry = kvm_find_cpuid_entry_index(vcpu, cmd->function, cmd->index);
+	if (!entry)
+		return -ENOENT;
+	rpl->eax = entry->eax;
+	rpl->ebx = entry->ebx;
+	rpl->ecx = entry->ecx;
+	rpl->edx = entry->edx;
+	return 0;
 }
 
-/* An event from within an exit's handler, which is in kvm->srcu's read side. */
-static int kvmi_exit_event(struct kvmi *kvmi, struct kvmi_vcpu *iv,
-			   struct kvm_vcpu *vcpu, unsigned int id,
-			   const void *data, size_t size,
-			   const struct kvmi_vcpu_reply *expect)
+/* It is injected by kvmi_inject(), before the guest runs on. */
+int kvmi_arch_inject_exception(struct kvmi_vcpu *iv,
+			       const struct kvmi_inject_exception *cmd)
 {
-	int err;
-
-	kvm_vcpu_srcu_read_unlock(vcpu);
-	err = kvmi_event(kvmi, iv, vcpu, id, data, size, expect);
-	kvm_vcpu_srcu_read_lock(vcpu);
-
-	return err;
+	if (cmd->nr >= 32 || cmd->nr == NMI_VECTOR || cmd->padding ||
+	    cmd->has_error != x86_exception_has_error_code(cmd->nr))
+		return -EINVAL;
+	if (iv->inject)
+		return -EBUSY;
+	iv->exception = *cmd;
+	iv->inject = true;
+	return 0;
 }
 
-static int kvmi_event_cr(struct kvmi *kvmi, struct kvmi_vcpu *iv,
-			 struct kvm_vcpu *vcpu, const struct kvmi_event_cr *ev,
-			 u64 *new_value)
+/* ---- memory types ---- */
+
+/* Of the first MiB, by MSR: "Fixed Range MTRRs" in Intel's manual. */
+static u32 kvmi_fixed_mtrr(gpa_t gpa, unsigned int *shift)
 {
-	struct kvmi_event_cr_reply rpl;
-	const struct kvmi_vcpu_reply expect = {
-		.actions = BIT(KVMI_EVENT_ACTION_CONTINUE),
-		.data = &rpl,
-		.same = &ev->new_value,
-		.size = sizeof(rpl),
-	};
-	int err;
-
-	err = kvmi_exit_event(kvmi, iv, vcpu, KVMI_EVENT_CR, ev, sizeof(*ev),
-			      &expect);
-	if (!err)
-		*new_value = rpl.new_val;
-	return err;
-}
-
-void __kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
-		     unsigned long old_value, unsigned long *new_value)
-{
-	struct kvmi_event_cr ev = {
-		.cr = cr,
-		.old_value = old_value,
-		.new_value = *new_value,
-	};
-	struct kvmi_vcpu *iv;
-	struct kvmi *kvmi;
-	u64 value;
-
-	/* What the value says beside the register's new content. */
-	if (cr == 0)
-		ev.new_value |= X86_CR0_ET;
-	if (cr == 3 && kvm_read_cr4_bits(vcpu, X86_CR4_PCIDE))
-		ev.new_value &= ~X86_CR3_PCID_NOFLUSH;
-
-	if (ev.new_value == ev.old_value || !kvmi_in_view(vcpu))
-		return;
-
-	kvmi = kvmi_get(vcpu->kvm);
-	if (!kvmi)
-		return;
-	iv = kvmi_vcpu_state(kvmi, vcpu);
-	if (iv && test_bit(cr, &iv->cr_writes) &&
-	    kvmi_event_on(kvmi, iv, KVMI_EVENT_CR) &&
-	    !kvmi_event_cr(kvmi, iv, vcpu, &ev, &value) &&
-	    value != ev.new_value)
-		*new_value = value;
-	kvmi_put(kvmi);
-}
-
-bool __kvmi_hypercall(struct kvm_vcpu *vcpu)
-{
-	static const struct kvmi_vcpu_reply expect = {
-		.actions = BIT(KVMI_EVENT_ACTION_CONTINUE),
-	};
-	struct kvmi_vcpu *iv;
-	struct kvmi *kvmi;
-	u64 nr, sub;
-	bool on;
-
-	if (is_64_bit_hypercall(vcpu)) {
-		nr = kvm_rax_read(vcpu);
-		sub = kvm_rdi_read(vcpu);
-	} else {
-		nr = (u32)kvm_rax_read(vcpu);
-		sub = (u32)kvm_rbx_read(vcpu);
+	if (gpa < 0x80000) {
+		*shift = gpa / 0x10000 * 8;
+		return MSR_MTRRfix64K_00000;
 	}
-	if (nr != KVMI_HC_GUEST_REQUEST || sub != KVMI_HC_GUEST_REQUEST_EVENT ||
-	    !kvmi_in_view(vcpu))
-		return false;
-
-	kvmi = kvmi_get(vcpu->kvm);
-	if (!kvmi)
-		return false;
-	iv = kvmi_vcpu_state(kvmi, vcpu);
-	on = iv && kvmi_event_on(kvmi, iv, KVMI_EVENT_HYPERCALL);
-	if (on) {
-		kvmi_exit_event(kvmi, iv, vcpu, KVMI_EVENT_HYPERCALL, NULL, 0,
-				&expect);
-		kvm_rax_write(vcpu, 0);
-		++vcpu->stat.hypercalls;
+	if (gpa < 0xc0000) {
+		*shift = gpa / 0x4000 % 8 * 8;
+		return MSR_MTRRfix16K_80000 + (gpa - 0x80000) / 0x20000;
 	}
-	kvmi_put(kvmi);
+	*shift = gpa / 0x1000 % 8 * 8;
+	return MSR_MTRRfix4K_C0000 + (gpa - 0xc0000) / 0x8000;
+}
 
-	return on;
+/* "Memory cache control, MTRR precedences" in the same. */
+static u8 kvmi_combine_types(u8 a, u8 b)
+{
+	if (a == b)
+		return a;
+	if ((a == MTRR_TYPE_WRTHROUGH && b == MTRR_TYPE_WRBACK) ||
+	    (a == MTRR_TYPE_WRBACK && b == MTRR_TYPE_WRTHROUGH))
+		return MTRR_TYPE_WRTHROUGH;
+	return MTRR_TYPE_UNCACHABLE;
+}
+
+#define KVMI_MTRR_DEF_ENABLED	BIT(11)
+#define KVMI_MTRR_DEF_FIXED	BIT(10)
+#define KVMI_MTRR_VAR_VALID	BIT(11)
+
+/* What the MTRRs of the first vCPU say; the architecture wants all to agree. */
+int kvmi_arch_mtrr_type(struct kvm *kvm, gpa_t gpa, u8 *type)
+{
+	struct kvm_vcpu *vcpu = kvm_get_vcpu(kvm, 0);
+	unsigned int i, shift;
+	bool found = false;
+	u64 def, base, mask;
+	u32 msr;
+
+	if (!vcpu)
+		return -EAGAIN;
+	if (gpa >> cpuid_maxphyaddr(vcpu))
+		return -EINVAL;
+
+	def = kvmi_msr(vcpu, MSR_MTRRdefType);
+	*type = MTRR_TYPE_UNCACHABLE;
+	if (!(def & KVMI_MTRR_DEF_ENABLED))
+		return 0;
+
+	if (gpa < SZ_1M && def & KVMI_MTRR_DEF_FIXED) {
+		msr = kvmi_fixed_mtrr(gpa, &shift);
+		*type = kvmi_msr(vcpu, msr) >> shift;
+		return 0;
+	}
+
+	for (i = 0; i < KVM_NR_VAR_MTRR; i++) {
+		mask = kvmi_msr(vcpu, MTRRphysMask_MSR(i));
+		base = kvmi_msr(vcpu, MTRRphysBase_MSR(i));
+		if (!(mask & KVMI_MTRR_VAR_VALID) ||
+		    (gpa ^ base) & mask & PAGE_MASK)
+			continue;
+		*type = found ? kvmi_combine_types(*type, base) : (u8)base;
+		found = true;
+	}
+	if (!found)
+		*type = def;
+	return 0;
 }

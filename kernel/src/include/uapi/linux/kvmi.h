@@ -145,6 +145,50 @@ struct kvmi_get_max_gfn_reply {
 	__u64 gfn;
 };
 
+#define KVMI_PAGE_ACCESS_R	0x1
+#define KVMI_PAGE_ACCESS_W	0x2
+#define KVMI_PAGE_ACCESS_X	0x4
+
+struct kvmi_get_page_access {
+	__u16 view;
+	__u16 count;
+	__u32 padding;
+	__u64 gpa[];
+};
+
+struct kvmi_page_access_entry {
+	__u64 gpa;
+	__u8 access;
+	__u8 padding1;
+	__u16 padding2;
+	__u32 padding3;
+};
+
+struct kvmi_set_page_access {
+	__u16 view;
+	__u16 count;
+	__u32 padding;
+	struct kvmi_page_access_entry entries[];
+};
+
+struct kvmi_event_pf {
+	__u64 gva;	/* all ones: not known */
+	__u64 gpa;
+	__u8 access;	/* what was tried */
+	__u8 padding1;
+	__u16 view;
+	__u32 padding2;
+};
+
+struct kvmi_event_pf_reply {
+	__u64 ctx_addr;
+	__u32 ctx_size;
+	__u8 singlestep;
+	__u8 rep_complete;
+	__u16 padding;
+	__u8 ctx_data[256];	/* what is read at @ctx_addr by emulation */
+};
+
 struct kvmi_event {
 	__u16 size;	/* of this structure */
 	__u16 vcpu;
