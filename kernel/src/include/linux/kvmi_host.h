@@ -47,6 +47,8 @@ struct kvmi_vcpu_host {
 	/* and its next instruction loads its flags. */
 	bool loads_flags;
 
+	/* A #BP or #OF is injected where no instruction makes one. */
+	bool no_skip;
 	/* The reply to an event moved rip. */
 	bool rip_moved;
 	unsigned long rip;

@@ -186,6 +186,7 @@ void kvmi_inject(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 		 struct kvm_vcpu *vcpu);
 
 /* arch/x86/kvm/kvmi_step.c */
+unsigned int kvmi_next_opcode(struct kvm_vcpu *vcpu);
 bool kvmi_start_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu, gfn_t gfn);
 void kvmi_end_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu);
 bool kvmi_held(struct kvmi *kvmi, struct kvm_vcpu *vcpu);

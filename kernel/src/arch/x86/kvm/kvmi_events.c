@@ -158,6 +158,7 @@ int kvmi_breakpoint(struct kvm_vcpu *vcpu, u8 insn_len)
 		return 1;
 	if (vcpu->guest_debug & KVM_GUESTDBG_USE_SW_BP)
 		return -ENOENT;
+	vcpu->kvmi.no_skip = false;
 	kvm_queue_exception(vcpu, BP_VECTOR);
 	return 1;
 }
@@ -235,6 +236,7 @@ void kvmi_inject(struct kvmi *kvmi, struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu)
 	const struct kvmi_inject_exception *cmd = &iv->exception;
 	const struct kvm_queued_exception *own = &vcpu->arch.exception;
 	bool taken = own->pending || own->injected;
+	unsigned int opcode;
 	struct kvmi_event_trap ev = {
 		.vector = taken ? own->vector : cmd->nr,
 		.cr2 = vcpu->arch.cr2,
@@ -257,6 +259,14 @@ void kvmi_inject(struct kvmi *kvmi, struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu)
 
 	if (taken)
 		return;
+	if (kvm_exception_is_soft(cmd->nr)) {
+		kvm_vcpu_srcu_read_lock(vcpu);
+		opcode = kvmi_next_opcode(vcpu);
+		kvm_vcpu_srcu_read_unlock(vcpu);
+		vcpu->kvmi.no_skip = opcode != (cmd->nr == BP_VECTOR ? 0xcc :
+									0xce);
+		vcpu->arch.event_exit_inst_len = 1;
+	}
 	if (cmd->nr == PF_VECTOR)
 		vcpu->arch.cr2 = cmd->address;
 	if (cmd->has_error)

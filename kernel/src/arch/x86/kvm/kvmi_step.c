@@ -46,7 +46,7 @@ static bool kvmi_is_prefix(struct kvm_vcpu *vcpu, u8 byte)
 }
 
 /* The opcode at rip, with 0x0f00 for two bytes; 0 if it cannot be read. */
-static unsigned int kvmi_next_opcode(struct kvm_vcpu *vcpu)
+unsigned int kvmi_next_opcode(struct kvm_vcpu *vcpu)
 {
 	unsigned long rip = kvm_get_linear_rip(vcpu);
 	struct x86_exception exception;
