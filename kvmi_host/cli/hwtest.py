@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from kvmi_host.cli.options import Kernel
+from kvmi_host.host.kernels import Series
+
 app = typer.Typer(name="hwtest", pretty_exceptions_enable=False)
 
 
@@ -25,10 +28,11 @@ def hwtest(
     host: Annotated[
         Host, typer.Option(envvar="HOST", help="A host in a box of its own, or this machine, as root.")
     ] = Host.BOX,
+    kernel: Kernel = Series.V6_1,
     report: Annotated[Path, typer.Option(help="Folder for junit.xml and kernel logs.")] = Path("build/hardware"),
     expression: Annotated[str | None, typer.Option("-k", metavar="EXPR", help="Which tests, as pytest's -k.")] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Folder of kvm.ko and kvm-amd.ko for the box. [default: build this tree's]")
+        str | None, typer.Option(help="Folder of kvm.ko and the others for the box. [default: build this tree's]")
     ] = None,
     name: Annotated[str, typer.Option("--name", help="The name of the box.")] = "hwtest",
     keep: Annotated[bool, typer.Option("--keep", help="Leave the box up, to look around in it.")] = False,
@@ -43,7 +47,7 @@ def hwtest(
 
     if host is Host.LOCAL:
         raise typer.Exit(suite.here(project_root(), report, expression, extra or []))
-    box = Box(name, modules)
+    box = Box(name, kernel, modules)
     try:
         box.up()
         status = suite.on_box(box, report, expression, extra or [])

@@ -27,7 +27,7 @@ SCRIPT = f"""set -e
 mkdir -p {TOP}
 rm -rf {TOP}/lib {TOP}/tests {TOP}/images {TOP}/deployed
 tar -xz --no-same-owner -C /
-for kernel in /boot/vmlinuz-*; do ln -sf "$kernel" {TOP}/images/linux.vmlinuz; done
+ln -sf "/boot/vmlinuz-$(uname -r)" {TOP}/images/linux.vmlinuz
 """
 """What unpacks the stream there."""
 
