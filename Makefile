@@ -34,5 +34,5 @@ lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint
 
 .PHONY: modules
-modules: ## Build the KVM modules; prints where they are
-	@kernel/build
+modules: ## Build the KVM modules; prints where they are; SERIES=6.12 chooses another kernel's
+	@kernel/build $(if $(SERIES),--series $(SERIES))

@@ -135,7 +135,7 @@ def kvm_modules(series: Series, source: str | None) -> Iterator[Callable[[], Pat
     else:
         builder = project_root() / "kernel" / "build"
         headers = f"/usr/src/linux-headers-{kernel_release(series)}"
-        with started("building KVM's modules", [builder, "--series", series, "--headers", headers]) as finish:
+        with started("building KVM's modules", [builder, "--headers", headers]) as finish:
             yield lambda: _with_modules(Path(finish().rstrip().rpartition("\n")[2]))
 
 
