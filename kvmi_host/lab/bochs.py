@@ -24,7 +24,7 @@ from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.paths import program, project_root, run_dir
 from kvmi_host.lab.progress import build, step, tail
 
-SILENCE = 600
+SILENCE = 1200
 """Seconds without a word on either serial line after which the host is taken to hang."""
 
 _EXCHANGE_SIZE = 128 * 16 * 63 * 512
@@ -47,10 +47,12 @@ LABEL lab
   APPEND {_KERNEL_ARGUMENTS}
 """
 
-# The display cannot be left out. This one opens a port, which is why Bochs has a network namespace of its own.
+# ips is how many instructions make a second there, and the TSC's frequency: Bochs does about 50 million in a second of
+# ours, but no CPU with VMX was so slow. The display cannot be left out; this one opens a port, which is why Bochs has a
+# network namespace of its own.
 _BOCHSRC = """config_interface: textconfig
 display_library: rfb, options="timeout=0"
-cpu: model=corei7_haswell_4770, count=1, ips=50000000, reset_on_triple_fault=0, ignore_bad_msrs=1
+cpu: model=corei7_haswell_4770, count=1, ips=200000000, reset_on_triple_fault=0, ignore_bad_msrs=1
 clock: sync=none, time0=utc
 memory: guest=2048, host=2048
 pci: enabled=1, chipset=i440fx
@@ -98,7 +100,7 @@ class BochsHost:
         self.name = name
         self._series = kernel
         self._modules = modules
-        self._run = run_dir(name)
+        self._run = run_dir(name, ".bochs")
 
     @property
     def console_log(self) -> Path:
@@ -125,7 +127,7 @@ class BochsHost:
         initrd = images.initrd(kernel, modules)
         script = _first_process(command, wanted)
         archive = deploy.archive(project_root(), images.guest_images(), {_FIRST_PROCESS: script})
-        with cache.locked(f"box_{self.name}"):
+        with cache.locked(f"bochs_{self.name}"):
             for file in self._run.iterdir():
                 file.unlink()
             self._make_iso(kernel.image, initrd)

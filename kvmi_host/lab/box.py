@@ -63,8 +63,6 @@ class Box:
         cpus: int = 1,
         memory: int = 2048,
     ) -> None:
-        if not name.replace("-", "").replace("_", "").isalnum():
-            raise LabError(f"a box cannot be called {name!r}: letters, digits, - and _ only")
         self.name = name
         self._series = kernel
         self._modules = modules

@@ -93,7 +93,7 @@ def _deployed(host: str, arguments: Sequence[str]) -> list[str]:
 def in_box(box: Box) -> Runner:
     """The suite in a box that is up."""
 
-    def run(arguments: Sequence[str], reports: Path) -> int:
+    def runner(arguments: Sequence[str], reports: Path) -> int:
         box.deploy()
         box.run(f"echo '{_BEGIN}' > /dev/kmsg; rm -f {_REPORT}")
         try:
@@ -111,13 +111,13 @@ def in_box(box: Box) -> Runner:
                 dmesg = f"no dmesg: {error}\n"
             (reports / "dmesg.log").write_text(dmesg)
 
-    return run
+    return runner
 
 
 def in_bochs(host: BochsHost) -> Runner:
     """The suite in an emulated Intel host, which lives as long as the suite runs."""
 
-    def run(arguments: Sequence[str], reports: Path) -> int:
+    def runner(arguments: Sequence[str], reports: Path) -> int:
         say("the tests marked libvirt are not run: there is no libvirt in this host")
         pytest = shlex.join(_deployed(host.name, ["-m", "not libvirt", *arguments]))
         command = f"echo '{_BEGIN}' > /dev/kmsg; {pytest}; status=$?; dmesg > {_DMESG}; (exit $status)"
@@ -131,7 +131,7 @@ def in_bochs(host: BochsHost) -> Runner:
                 (reports / name).write_bytes(found[file])
         return status
 
-    return run
+    return runner
 
 
 def here(arguments: Sequence[str], reports: Path) -> int:
