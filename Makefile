@@ -9,12 +9,16 @@ SHELL := /bin/bash
 ENVIRONMENT = $(shell ci/setup)
 IN_ENVIRONMENT = environment="$(ENVIRONMENT)" && [ -n "$$environment" ] && PATH="$$environment/bin:$$PATH"
 
+# Of the host in a box: `kvmi-host` reads them.
+export KERNEL ?= 6.1
+export CPU ?= amd
+
 .PHONY: help
 help: ## Show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: demo
-demo: ## Live events of a guest's vCPUs, on the host in a box; HOST=local: on this machine
+demo: ## Live events of a guest's vCPUs, on the host in a box (KERNEL=6.1|6.12); HOST=local: on this machine
 	@$(IN_ENVIRONMENT) ci/demo
 
 .PHONY: test
@@ -26,8 +30,8 @@ test-unit: ## The unit tests alone
 	@$(IN_ENVIRONMENT) pytest -q tests/unit
 
 .PHONY: test-hardware
-test-hardware: ## The hardware suite alone, in the host in a box; K=expr chooses tests
-	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware $(if $(K),-k "$(K)")
+test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12 and CPU=amd|intel choose its host, K=expr tests
+	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)")
 
 .PHONY: lint
 lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
@@ -38,5 +42,5 @@ dkms: ## Build the Debian package with which a host builds the modules for its k
 	@$(IN_ENVIRONMENT) kernel/dkms/build
 
 .PHONY: modules
-modules: ## Build the KVM modules; prints where they are; SERIES=6.12 chooses another kernel's
-	@kernel/build $(if $(SERIES),--series $(SERIES))
+modules: ## Build the KVM modules of KERNEL; prints where they are
+	@kernel/build --series $(KERNEL)

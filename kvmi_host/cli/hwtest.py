@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from kvmi_host.cli.options import Kernel
+from kvmi_host.host.kernels import Series
+
 app = typer.Typer(name="hwtest", pretty_exceptions_enable=False)
 
 
@@ -19,19 +22,34 @@ class Host(StrEnum):
     LOCAL = "local"
 
 
+class Cpu(StrEnum):
+    """Whose CPU the box has."""
+
+    AMD = "amd"
+    INTEL = "intel"
+
+
 @app.command()
 def hwtest(
     extra: Annotated[list[str] | None, typer.Argument(metavar="[-- PYTEST_ARGUMENT...]", show_default=False)] = None,
     host: Annotated[
         Host, typer.Option(envvar="HOST", help="A host in a box of its own, or this machine, as root.")
     ] = Host.BOX,
+    kernel: Kernel = Series.V6_1,
+    cpu: Annotated[
+        Cpu, typer.Option(envvar="CPU", help="AMD's SVM, emulated by QEMU, or Intel's VMX, emulated by Bochs.")
+    ] = Cpu.AMD,
     report: Annotated[Path, typer.Option(help="Folder for junit.xml and kernel logs.")] = Path("build/hardware"),
     expression: Annotated[str | None, typer.Option("-k", metavar="EXPR", help="Which tests, as pytest's -k.")] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Folder of kvm.ko and kvm-amd.ko for the box. [default: build this tree's]")
+        str | None, typer.Option(help="Folder of kvm.ko and the others for the box. [default: build this tree's]")
     ] = None,
-    name: Annotated[str, typer.Option("--name", help="The name of the box.")] = "hwtest",
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the box up, to look around in it.")] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The name of the box. [default: hwtest-CPU-KERNEL]")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the box up, to look around in it (not with Bochs).")
+    ] = False,
 ) -> None:
     """Run the hardware suite: live vCPUs under KVM with introspection.
 
@@ -39,14 +57,18 @@ def hwtest(
     """
     # Here, not above: `kvmi-host --help` imports this module, and none of these.
     from kvmi_host.lab import Box, suite
-    from kvmi_host.lab.paths import project_root
+    from kvmi_host.lab.bochs import BochsHost
 
+    name = name or f"hwtest-{cpu}-{kernel.replace('.', '-')}"
     if host is Host.LOCAL:
-        raise typer.Exit(suite.here(project_root(), report, expression, extra or []))
-    box = Box(name, modules)
+        raise typer.Exit(suite.run(suite.here, report, expression, extra or []))
+    if cpu is Cpu.INTEL:
+        intel = suite.in_bochs(BochsHost(name, kernel, modules))
+        raise typer.Exit(suite.run(intel, report, expression, extra or []))
+    box = Box(name, kernel, modules)
     try:
         box.up()
-        status = suite.on_box(box, report, expression, extra or [])
+        status = suite.run(suite.in_box(box), report, expression, extra or [])
     finally:
         if not keep:
             box.down()

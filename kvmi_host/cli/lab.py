@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvmi_host.cli.options import Kernel
+from kvmi_host.host.kernels import Series
+
 if TYPE_CHECKING:
     from kvmi_host.lab import Box
 
@@ -23,26 +26,27 @@ app = typer.Typer(
 Name = Annotated[str, typer.Option("--name", help="Which box: each name is a machine of its own.")]
 
 
-def _box(name: str, modules: str | None = None, cpus: int = 1, memory: int = 2048) -> Box:
+def _box(name: str, kernel: Series = Series.V6_1, modules: str | None = None, cpus: int = 1, memory: int = 2048) -> Box:
     # Here, not above: `kvmi-host --help` imports this module, and none of what a box needs.
     from kvmi_host.lab import Box
 
-    return Box(name, modules, cpus, memory)
+    return Box(name, kernel, modules, cpus, memory)
 
 
 @app.command()
 def up(
     name: Name = "box",
+    kernel: Kernel = Series.V6_1,
     modules: Annotated[
         str | None,
-        typer.Option(help="Folder of kvm.ko and kvm-amd.ko, or 'stock' for Debian's own. [default: build this tree's]"),
+        typer.Option(help="Folder of kvm.ko and the others, or 'stock' for Debian's own. [default: build this tree's]"),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Boot, whether or not there is saved state.")] = False,
     smp: Annotated[int, typer.Option(min=1, max=16, help="Virtual CPUs of the box.")] = 1,
     memory: Annotated[int, typer.Option(min=1024, help="Memory of the box in MiB.")] = 2048,
 ) -> None:
     """Bring it up: build what is missing, boot it or restore its saved state, deploy this package."""
-    box = _box(name, modules, smp, memory)
+    box = _box(name, kernel, modules, smp, memory)
     status = box.up(fresh)
     box.deploy()
     typer.echo(f"{name} is up: kernel {status.kernel}, ssh on 127.0.0.1:{status.port}, `kvmi-host lab ssh` enters it")

@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
+from kvmi_host.host.kernels import Series
+
 Connect = Annotated[
     str | None,
     typer.Option("-c", "--connect", metavar="URI", envvar="LIBVIRT_DEFAULT_URI", help="libvirt's URI, as virsh's."),
 ]
+
+Kernel = Annotated[Series, typer.Option(envvar="KERNEL", help="Which of Debian 12's kernels the host in a box runs.")]
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 

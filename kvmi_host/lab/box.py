@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from kvmi_host.host.kernels import Series
 from kvmi_host.lab import cache, deploy, images, qemu
 from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.paths import program, project_root, run_dir
@@ -48,15 +49,22 @@ class Box:
     As a context manager it is brought up at the start and taken down at the end.
 
     :param name: letters, digits, ``-`` and ``_``.
-    :param modules: the folder of ``kvm.ko`` and ``kvm-amd.ko``, ``"stock"``, or None for those of this tree.
+    :param kernel: the kernel that it boots.
+    :param modules: the folder of ``kvm.ko`` and the others, ``"stock"``, or None for those of this tree.
     :param cpus: how many.
     :param memory: in MiB.
     """
 
-    def __init__(self, name: str = "box", modules: str | None = None, cpus: int = 1, memory: int = 2048) -> None:
-        if not name.replace("-", "").replace("_", "").isalnum():
-            raise LabError(f"a box cannot be called {name!r}: letters, digits, - and _ only")
+    def __init__(
+        self,
+        name: str = "box",
+        kernel: Series = Series.V6_1,
+        modules: str | None = None,
+        cpus: int = 1,
+        memory: int = 2048,
+    ) -> None:
         self.name = name
+        self._series = kernel
         self._modules = modules
         self._cpus = cpus
         self._memory = memory
@@ -82,11 +90,12 @@ class Box:
         :param fresh: boot in any case, and save nothing.
         :raise LabError: when it does not come up; nothing runs then.
         """
-        with images.kvm_modules(self._modules) as modules_built:
+        with images.kvm_modules(self._series, self._modules) as modules_built:
             image = images.host_image()
             modules = modules_built()
-        initrd = images.initrd(image, modules)
-        argv = qemu.command(image.disk, image.kernel, initrd, self._cpus, self._memory)
+        kernel = image.kernel(self._series)
+        initrd = images.initrd(kernel, modules)
+        argv = qemu.command(image.disk, kernel.image, initrd, self._cpus, self._memory)
         key = cache.digest(images.qemu_version(argv[0]), *argv)
         with cache.locked(f"box_{self.name}"):
             running = qemu.Process.find(self._run)
@@ -134,7 +143,7 @@ class Box:
                 process.wait_console("kvmi-lab: warm", _WARM_DEADLINE)
             program("zstd", "zstd")
             with step("saving its state for the next time"):
-                cache.entry("state", key, lambda out: process.save(out / "memory.zst"), keep=3)
+                cache.entry("state", key, lambda out: process.save(out / "memory.zst"), keep=4)
         with step("connecting to it"):
             self.shell(_RESTORED_DEADLINE).run(["true"])
 
@@ -233,7 +242,7 @@ class Box:
             "key": key,
             "port": port,
             "image": str(image.path),
-            "kernel": image.release,
+            "kernel": image.kernel(self._series).release,
             "modules": self._modules or os.environ.get("KVMI_LAB_MODULES") or "this tree's",
             "restored": restored,
         }

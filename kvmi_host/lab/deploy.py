@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from kvmi_host.lab import cache
 from kvmi_host.lab.images import guest_images
@@ -27,7 +28,7 @@ SCRIPT = f"""set -e
 mkdir -p {TOP}
 rm -rf {TOP}/lib {TOP}/tests {TOP}/images {TOP}/deployed
 tar -xz --no-same-owner -C /
-for kernel in /boot/vmlinuz-*; do ln -sf "$kernel" {TOP}/images/linux.vmlinuz; done
+ln -sf "/boot/vmlinuz-$(uname -r)" {TOP}/images/linux.vmlinuz
 """
 """What unpacks the stream there."""
 
@@ -73,11 +74,14 @@ def _compiled(file: Path, place: PurePosixPath) -> bytes | None:
         return Path(output.name).read_bytes()
 
 
-def archive(root: Path, guests: Mapping[str, Path]) -> bytes:
+def archive(
+    root: Path, guests: Mapping[str, Path], programs: Mapping[PurePosixPath, bytes] = MappingProxyType({})
+) -> bytes:
     """The tar stream for :data:`SCRIPT`, compressed: what the emulated machine must decrypt costs more than the rest.
 
     :param root: the source tree.
     :param guests: files of guest images by their name on the host.
+    :param programs: what else is to be there, executable, by its full path.
     """
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as tar:
@@ -87,7 +91,8 @@ def archive(root: Path, guests: Mapping[str, Path]) -> bytes:
             member.size, member.mode = len(data), mode
             tar.addfile(member, io.BytesIO(data))
 
-        add(PurePosixPath("/usr/local/bin/kvmi-host"), _LAUNCHER.encode(), 0o755)
+        for place, script in {PurePosixPath("/usr/local/bin/kvmi-host"): _LAUNCHER.encode(), **programs}.items():
+            add(place, script, 0o755)
         for place, file in _contents(root, guests):
             add(place, file.read_bytes())
             if place.suffix == ".py" and (code := _compiled(file, place)):

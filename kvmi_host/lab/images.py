@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmi_host.host.kernels import Series
 from kvmi_host.lab import cache
 from kvmi_host.lab.errors import LabError, LabHostError
 from kvmi_host.lab.paths import program, project_root
@@ -20,20 +21,17 @@ from kvmi_host.lab.progress import build, started
 STOCK = "stock"
 """In place of a folder of modules: Debian's own KVM, which knows no introspection."""
 
+_MODULES = ("kvm.ko", "kvm-amd.ko", "kvm-intel.ko")
+
 
 @dataclass(frozen=True)
-class HostImage:
-    """The disk of the host in a box with its kernel and the keys that open it: the folder that its recipe wrote."""
+class HostKernel:
+    """One of the kernels of the host in a box: a folder that the recipe of its disk wrote."""
 
     path: Path
 
     @property
-    def disk(self) -> Path:
-        """The root file system, never written."""
-        return self.path / "root.img"
-
-    @property
-    def kernel(self) -> Path:
+    def image(self) -> Path:
         """The kernel, as QEMU starts it."""
         return self.path / "vmlinuz"
 
@@ -41,6 +39,32 @@ class HostImage:
     def release(self) -> str:
         """The kernel's release, as ``uname -r`` says it."""
         return (self.path / "release").read_text().strip()
+
+    @property
+    def boot_modules(self) -> Path:
+        """The modules that find the disk, and their order."""
+        return self.path / "boot-modules"
+
+    @property
+    def kvm_modules(self) -> Path:
+        """The stock ``kvm.ko``, ``kvm-amd.ko`` and ``kvm-intel.ko``."""
+        return self.path / "kvm-modules"
+
+
+@dataclass(frozen=True)
+class HostImage:
+    """The disk of the host in a box with its kernels and the keys that open it: the folder that its recipe wrote."""
+
+    path: Path
+
+    @property
+    def disk(self) -> Path:
+        """The root file system, never written. It holds the modules of every kernel."""
+        return self.path / "root.img"
+
+    def kernel(self, series: Series) -> HostKernel:
+        """One of its kernels."""
+        return HostKernel(self.path / "kernels" / series)
 
     @property
     def key(self) -> Path:
@@ -57,15 +81,16 @@ def _version_key(path: Path) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", path.name)]
 
 
-def kernel_release(sources: Path = Path("/usr/src")) -> str:
-    """The kernel that modules can be built for here: the newest Debian 12 cloud kernel whose headers are installed.
+def kernel_release(series: Series, sources: Path = Path("/usr/src")) -> str:
+    """The kernel that modules can be built for here: the newest cloud kernel of the series whose headers are installed.
 
     :param sources: where Debian installs headers.
     :raise LabHostError: without any.
     """
-    headers = sorted(sources.glob("linux-headers-6.1.*-cloud-amd64"), key=_version_key)
+    headers = sorted(sources.glob(f"linux-headers-{series}.*-cloud-amd64"), key=_version_key)
     if not headers:
-        raise LabHostError(f"no kernel headers in {sources}: run ci/setup, which installs linux-headers-cloud-amd64")
+        package = series.headers_package
+        raise LabHostError(f"no headers of kernel {series} in {sources}: run ci/setup, which installs {package}")
     return headers[-1].name.removeprefix("linux-headers-")
 
 
@@ -75,28 +100,30 @@ def _package_version(package: str) -> str:
 
 
 def host_image() -> HostImage:
-    """The host's disk, built if its recipe or the kernel changed since (about a minute, from the network)."""
-    release = kernel_release()
+    """The host's disk, built if its recipe or a kernel changed since (about a minute, from the network)."""
+    releases = [kernel_release(series) for series in Series]
     recipe = project_root() / "vm-images" / "lab-host"
     lock = project_root() / "ci" / "requirements.lock"
     parts = [recipe / name for name in ("build", "packages", "python-packages", "masked-units", "root")]
-    key = cache.digest(*parts, lock, release, _package_version(f"linux-headers-{release}"))
+    kernels = [f"{release} {_package_version(f'linux-headers-{release}')}" for release in releases]
+    key = cache.digest(*parts, lock, *kernels)
 
     def make(out: Path) -> None:
         if os.geteuid() != 0:
             raise LabHostError("the host in a box is built with mmdebstrap as root: run this as root, or with sudo")
         program("mmdebstrap", "mmdebstrap")
-        env = {"KVMI_KERNEL_RELEASE": release, "KVMI_PYTHON": sys.executable}
-        build("building the disk of the host in a box", [recipe / "build", out], env)
+        env = {"KVMI_PYTHON": sys.executable}
+        build("building the disk of the host in a box", [recipe / "build", out, *releases], env)
 
     return HostImage(cache.entry("host", key, make))
 
 
 @contextmanager
-def kvm_modules(source: str | None) -> Iterator[Callable[[], Path | None]]:
+def kvm_modules(series: Series, source: str | None) -> Iterator[Callable[[], Path | None]]:
     """The modules to load, built while the block does something else.
 
-    :param source: a folder with ``kvm.ko`` and ``kvm-amd.ko``, :data:`STOCK`, or None for what ``kernel/build`` makes
+    :param series: the kernel that they are for.
+    :param source: a folder with the three ``.ko`` files, :data:`STOCK`, or None for what ``kernel/build`` makes
         of this tree.
     :return: a function that waits for them and returns their folder; None for the stock ones.
     """
@@ -107,32 +134,33 @@ def kvm_modules(source: str | None) -> Iterator[Callable[[], Path | None]]:
         yield lambda: _with_modules(Path(source))
     else:
         builder = project_root() / "kernel" / "build"
-        headers = f"/usr/src/linux-headers-{kernel_release()}"
+        headers = f"/usr/src/linux-headers-{kernel_release(series)}"
         with started("building KVM's modules", [builder, "--headers", headers]) as finish:
             yield lambda: _with_modules(Path(finish().rstrip().rpartition("\n")[2]))
 
 
 def _with_modules(folder: Path) -> Path:
-    for module in ("kvm.ko", "kvm-amd.ko"):
+    for module in _MODULES:
         if not (folder / module).is_file():
             raise LabError(f"no {module} in {folder}: the host in a box cannot load it")
     return folder
 
 
-def initrd(image: HostImage, modules: Path | None) -> Path:
+def initrd(kernel: HostKernel, modules: Path | None) -> Path:
     """The initramfs that loads these modules (None: the stock ones) in the host."""
     recipe = project_root() / "vm-images" / "lab-host" / "initrd"
-    folder = modules or image.path / "kvm-modules"
+    folder = modules or kernel.kvm_modules
     parameters = ["introspection=1"] if modules else []
     busybox = program("busybox", "busybox-static")
-    key = cache.digest(recipe, image.path.name, folder / "kvm.ko", folder / "kvm-amd.ko", busybox, *parameters)
+    kvm = [folder / module for module in _MODULES]
+    key = cache.digest(recipe, kernel.release, kernel.boot_modules, *kvm, busybox, *parameters)
 
     def make(out: Path) -> None:
         program("cpio", "cpio")
         program("strip", "binutils")
-        build("building the initramfs", [recipe / "build", image.path, folder, out / "initrd", *parameters])
+        build("building the initramfs", [recipe / "build", kernel.boot_modules, folder, out / "initrd", *parameters])
 
-    return cache.entry("initrd", key, make, keep=3) / "initrd"
+    return cache.entry("initrd", key, make, keep=4) / "initrd"
 
 
 def guest_images() -> dict[str, Path]:

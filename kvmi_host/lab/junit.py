@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""JUnit XML reports: saying where a suite ran, adding what the suite could not see itself, making one of several.
+"""JUnit XML reports: adding what a suite could not see itself, making one of several.
 
 Reports are written with each element on a line of its own, so line tools can count and find tests.
 """
@@ -7,7 +7,7 @@ Reports are written with each element on a line of its own, so line tools can co
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 _COUNTS = ("tests", "failures", "errors", "skipped")
@@ -28,19 +28,6 @@ def _write(suites: Iterable[ElementTree.Element], report: Path) -> None:
     ElementTree.indent(root)
     report.parent.mkdir(parents=True, exist_ok=True)
     ElementTree.ElementTree(root).write(report, encoding="utf-8", xml_declaration=True)
-
-
-def annotate(report: Path, properties: Mapping[str, str]) -> None:
-    """Set properties of every suite of a report, in place."""
-    suites = _suites(report)
-    for suite in suites:
-        holder = suite.find("properties")
-        if holder is None:
-            holder = ElementTree.Element("properties")
-            suite.insert(0, holder)
-        for name, value in properties.items():
-            ElementTree.SubElement(holder, "property", name=name, value=value)
-    _write(suites, report)
 
 
 def add_failure(report: Path, class_name: str, name: str, message: str, text: str) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from kvmi_host.lab.errors import LabHostError
+from kvmi_host.lab.errors import LabError, LabHostError
 
 
 def project_root() -> Path:
@@ -32,9 +32,15 @@ def cache_root() -> Path:
     return path
 
 
-def run_dir(name: str) -> Path:
-    """The folder of one box's process: sockets, logs, and what must be known to stop it."""
-    path = cache_root() / "run" / name
+def run_dir(name: str, kind: str = "") -> Path:
+    """The folder of one box's process: sockets, logs, and what must be known to stop it.
+
+    :param kind: tells those of one name apart.
+    :raise LabError: when a box cannot have that name.
+    """
+    if not name.replace("-", "").replace("_", "").isalnum():
+        raise LabError(f"a box cannot be called {name!r}: letters, digits, - and _ only")
+    path = cache_root() / "run" / f"{name}{kind}"
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     return path
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -54,6 +55,12 @@ def step(what: str) -> Iterator[Callable[[str], None]]:
 def say(message: str) -> None:
     """Tell the user one thing that matters to them."""
     _console.print(escape(message), soft_wrap=True)
+
+
+def show(piece: str) -> None:
+    """Pass on what a host's program writes, as it comes, on standard output."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
 
 
 def tail(path: Path, lines: int = 30) -> str:

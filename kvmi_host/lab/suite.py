@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The hardware suite on one host: brought there, run with its output shown as it comes, its evidence fetched.
+"""The hardware suite on one host: run with its output shown as it comes, its evidence looked through.
 
 A host whose kernel complained while the tests ran fails the run, whatever the tests say.
 """
@@ -7,20 +7,27 @@ A host whose kernel complained while the tests ran fails the run, whatever the t
 from __future__ import annotations
 
 import os
-import re
+import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvmi_host.host.kernel_log import TROUBLE
 from kvmi_host.lab import deploy, junit
+from kvmi_host.lab.bochs import BochsHost
 from kvmi_host.lab.box import Box
 from kvmi_host.lab.errors import LabError
-from kvmi_host.lab.progress import say
+from kvmi_host.lab.paths import project_root
+from kvmi_host.lab.progress import say, show
+
+Runner = Callable[[Sequence[str], Path], int]
+"""Runs pytest with these arguments on one host, and shows its output as it comes. The folder gets ``junit.xml``,
+``dmesg.log``, and from an emulated host ``console.log``. Returns pytest's exit status."""
 
 _DEADLINE = 1500
-_REPORT = "/run/kvmi-host-suite.xml"
+_REPORT, _DMESG = "/run/kvmi-host-suite.xml", "/run/kvmi-host-dmesg.log"
 _BEGIN = "kvmi-host: the suite begins"
 
 
@@ -36,102 +43,105 @@ def trouble(log: str, context: int = 12) -> str:
     return ""
 
 
-def _pytest(top: str, python: str, report: str, expression: str | None, extra: Sequence[str]) -> list[str]:
-    argv = [python, "-m", "pytest", f"{top}/tests/hardware", "-c", f"{top}/pyproject.toml", f"--rootdir={top}"]
-    argv += ["-p", "no:cacheprovider", f"--junitxml={report}", "-v"]
-    argv += ["--color=yes"] if sys.stdout.isatty() else []
-    argv += ["-k", expression] if expression else []
-    return [*argv, *extra]
+def run(runner: Runner, reports: Path, expression: str | None = None, extra: Sequence[str] = ()) -> int:
+    """Run the suite on a host.
 
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def on_box(box: Box, reports: Path, expression: str | None = None, extra: Sequence[str] = ()) -> int:
-    """Run the suite in a box that is up.
-
-    :param reports: the folder for ``junit.xml``, ``console.log`` and ``dmesg.log``.
+    :param runner: how, and where: :func:`in_box`, :func:`in_bochs` or :func:`here`.
+    :param reports: the folder for ``junit.xml`` and the kernel's logs.
     :param expression: which tests, as pytest's ``-k``.
     :param extra: more arguments for pytest.
     :return: pytest's exit status; 1 also when the kernel complained.
     """
+    reports = reports.resolve()
     reports.mkdir(parents=True, exist_ok=True)
-    report = reports / "junit.xml"
-    report.unlink(missing_ok=True)
-    box.deploy()
-    seen = box.console_log.stat().st_size
-    box.run(f"echo '{_BEGIN}' > /dev/kmsg; rm -f {_REPORT}")
-    path = f"PYTHONPATH={deploy.TOP}/lib:{deploy.TOP}/deps"
-    argv = [
-        "env",
-        f"--chdir={deploy.TOP}",
-        path,
-        "PYTHONUNBUFFERED=1",
-        *_pytest(str(deploy.TOP), "python3", _REPORT, expression, extra),
-    ]
-    dmesg = ""
+    report, *logs = (reports / name for name in ("junit.xml", "dmesg.log", "console.log"))
+    for file in (report, *logs):
+        file.unlink(missing_ok=True)
+    chosen = ["-k", expression] if expression else []
+    complaint = ""
     try:
-        status = box.run(argv, deadline=_DEADLINE, check=False, on_output=_show).returncode
-        written = box.run(["cat", _REPORT], check=False)
-        if written.returncode:
+        status = runner([*chosen, *extra], reports)
+        if not report.exists():
             raise LabError(f"pytest ended with status {status} and wrote no report")
-        report.write_text(written.stdout)
-        junit.annotate(report, _facts(box))
     finally:
-        console = box.console_log.read_text(errors="replace")
-        (reports / "console.log").write_text(console)
-        try:
-            dmesg = box.run(["dmesg"], deadline=20).stdout
-        except LabError as error:
-            dmesg = f"no dmesg: {error}\n"
-        (reports / "dmesg.log").write_text(dmesg)
-        complaint = trouble(dmesg.rpartition(_BEGIN)[2]) or trouble(console[seen:])
+        for log in logs:
+            since = log.read_text(errors="replace").rpartition(_BEGIN)[2] if log.exists() else ""
+            complaint = complaint or trouble(since)
         if complaint:
-            say(f"the box's kernel complained while the suite ran (all of it in {reports}):\n{complaint}")
-    return _verdict(status, complaint, report)
-
-
-def _verdict(status: int, complaint: str, report: Path) -> int:
-    """The run's exit status; a complaint of the kernel is a failed test of its own in the report."""
+            say(f"the host's kernel complained while the suite ran (all of it in {reports}):\n{complaint}")
     if not complaint:
         return status
+    # It counts as a failed test of its own.
     junit.add_failure(report, "tests.hardware.kernel_log", "test_no_complaint", "the kernel complained", complaint)
     return 1
 
 
-def _facts(box: Box) -> dict[str, str]:
-    """Where the suite ran, for its report."""
-    script = "uname -r; sed -n 's/^vendor_id[^:]*: //p' /proc/cpuinfo | head -n 1"
-    kernel, vendor = box.run(script).stdout.split()[:2]
-    return {"host": box.name, "kernel": kernel, "cpu_vendor": vendor}
+def _pytest(top: str, python: str, report: str, arguments: Sequence[str]) -> list[str]:
+    argv = [python, "-m", "pytest", f"{top}/tests/hardware", "-c", f"{top}/pyproject.toml", f"--rootdir={top}"]
+    argv += ["-p", "no:cacheprovider", f"--junitxml={report}", "-v"]
+    argv += ["--color=yes"] if sys.stdout.isatty() else []
+    return [*argv, *arguments]
 
 
-def here(root: Path, reports: Path, expression: str | None = None, extra: Sequence[str] = ()) -> int:
-    """Run the suite on this machine, whose KVM has introspection; it needs root.
+def _deployed(host: str, arguments: Sequence[str]) -> list[str]:
+    """The command line for a host that this tree was deployed to."""
+    top = str(deploy.TOP)
+    environment = [f"PYTHONPATH={top}/lib:{top}/deps", "PYTHONUNBUFFERED=1", f"KVMI_HOST_NAME={host}"]
+    return ["env", f"--chdir={top}", *environment, *_pytest(top, "python3", _REPORT, arguments)]
 
-    :param root: the source tree.
-    :return: pytest's exit status; 1 also when the kernel complained.
-    """
-    reports.mkdir(parents=True, exist_ok=True)
-    report = reports / "junit.xml"
-    report.unlink(missing_ok=True)
-    before = subprocess.run(["dmesg"], capture_output=True, text=True).stdout.count("\n")
-    argv = _pytest(str(root), sys.executable, str(report), expression, extra)
+
+def in_box(box: Box) -> Runner:
+    """The suite in a box that is up."""
+
+    def runner(arguments: Sequence[str], reports: Path) -> int:
+        box.deploy()
+        box.run(f"echo '{_BEGIN}' > /dev/kmsg; rm -f {_REPORT}")
+        try:
+            argv = _deployed(box.name, arguments)
+            status = box.run(argv, deadline=_DEADLINE, check=False, on_output=show).returncode
+            written = box.run(["cat", _REPORT], check=False)
+            if written.returncode == 0:
+                (reports / "junit.xml").write_text(written.stdout)
+            return status
+        finally:
+            (reports / "console.log").write_text(box.console_log.read_text(errors="replace"))
+            try:
+                dmesg = box.run(["dmesg"], deadline=20).stdout
+            except LabError as error:
+                dmesg = f"no dmesg: {error}\n"
+            (reports / "dmesg.log").write_text(dmesg)
+
+    return runner
+
+
+def in_bochs(host: BochsHost) -> Runner:
+    """The suite in an emulated Intel host, which lives as long as the suite runs."""
+
+    def runner(arguments: Sequence[str], reports: Path) -> int:
+        say("the tests marked libvirt are not run: there is no libvirt in this host")
+        pytest = shlex.join(_deployed(host.name, ["-m", "not libvirt", *arguments]))
+        command = f"echo '{_BEGIN}' > /dev/kmsg; {pytest}; status=$?; dmesg > {_DMESG}; (exit $status)"
+        try:
+            status, found = host.run(command, [_REPORT, _DMESG], show)
+        finally:
+            if host.console_log.exists():
+                shutil.copy(host.console_log, reports / "console.log")
+        for name, file in (("junit.xml", _REPORT), ("dmesg.log", _DMESG)):
+            if file in found:
+                (reports / name).write_bytes(found[file])
+        return status
+
+    return runner
+
+
+def here(arguments: Sequence[str], reports: Path) -> int:
+    """The suite on this machine, whose KVM has introspection; it needs root."""
+    root = project_root()
+    Path("/dev/kmsg").write_text(f"{_BEGIN}\n")
+    argv = _pytest(str(root), sys.executable, str(reports / "junit.xml"), arguments)
     with deploy.images_here() as images:
         env = {**os.environ, "KVMI_IMAGES": str(images)}
         status = subprocess.run(argv, cwd=root, env=env, check=False).returncode
-    log = subprocess.run(["dmesg"], capture_output=True, text=True).stdout
-    (reports / "dmesg.log").write_text(log)
-    if not report.exists():
-        raise LabError(f"pytest ended with status {status} and wrote no report")
-    facts = Path("/proc/cpuinfo").read_text()
-    vendor = re.search(r"vendor_id\s*: (\S+)", facts)
-    uname = os.uname()
-    properties = {"host": uname.nodename, "kernel": uname.release, "cpu_vendor": vendor[1] if vendor else "unknown"}
-    junit.annotate(report, properties)
-    complaint = trouble("\n".join(log.splitlines()[before:]))
-    if complaint:
-        say(f"this machine's kernel complained while the suite ran (all of it in {reports}):\n{complaint}")
-    return _verdict(status, complaint, report)
+    with (reports / "dmesg.log").open("wb") as log:
+        subprocess.run(["dmesg"], stdout=log, check=True)
+    return status

@@ -7,9 +7,11 @@ Whatever a test does, the kernel must not complain: new lines of its log are loo
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -58,8 +60,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _host() -> None:
+def _host(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """The host, which must have introspection. What it is goes to the report."""
     require_introspection()
+    here = os.uname()
+    vendor = re.search(r"^vendor_id\s*: (\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    record_testsuite_property("host", os.environ.get("KVMI_HOST_NAME", here.nodename))
+    record_testsuite_property("kernel", here.release)
+    record_testsuite_property("cpu_vendor", vendor[1] if vendor else "unknown")
 
 
 @pytest.fixture(scope="session")

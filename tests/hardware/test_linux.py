@@ -18,7 +18,7 @@ from kvmi_host.protocol import EventId
 from kvmi_host.provision import Guest, connect, define, destroy, find_domain, find_image, start
 from kvmi_host.testing.live import DEADLINE, Walker
 
-pytestmark = pytest.mark.hardware
+pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
 
 VCPUS = 2
 EFER_LMA = 1 << 10
