@@ -24,15 +24,18 @@ do_\name:
 	ret
 	.endm
 
-# A snippet that makes an instruction R15 times; `swap`: what gives it another operand each time.
+# A snippet that makes an instruction R15 times, if the host does not say stop before; `swap`: what gives it another
+# operand each time.
 	.macro loop_of name, instruction, swap:vararg
 	snippet loop_\name
 1:	\instruction
 	\swap
 	incq %gs:PROGRESS
 	dec %r15
-	jnz 1b
-	ret
+	jz 2f
+	cmpq $0, %gs:STOP
+	je 1b
+2:	ret
 	.endm
 
 	.section .snippets, "ax"
@@ -85,6 +88,7 @@ do_\name:
 	one read_avx, vmovdqu (%rsi), %ymm0
 	one write_avx, vmovdqu %ymm0, (%rsi)
 	one read_x87, fldl (%rsi)
+	one fninit, fninit
 	one call, call *%rsi
 	one invlpg, invlpg (%rsi)
 
@@ -124,6 +128,32 @@ do_\name:
 	popfq
 	ret
 
+# The KVMI hypercall, then what R14 points to, then the hypercall again: its events tell the host when that begins and
+# when it is over. Registers come and go as they are.
+	snippet between
+	call ask
+	call *%r14
+	call ask
+	ret
+
+ask:
+	push %rax
+	push %rdi
+	mov $HYPERCALL, %eax
+	mov $HYPERCALL_EVENT, %edi
+	call hypercall
+	pop %rdi
+	pop %rax
+	ret
+
+hypercall:
+	cmpl $0, %gs:USES_VMMCALL
+	jne 1f
+	vmcall
+	ret
+1:	vmmcall
+	ret
+
 # Until the host says stop.
 	snippet spin
 1:	incq %gs:PROGRESS
@@ -149,12 +179,8 @@ do_\name:
 	wrmsr
 	mov $HYPERCALL, %eax
 	mov $HYPERCALL_EVENT, %edi
-	cmpl $0, %gs:USES_VMMCALL
-	jne 2f
-	vmcall
-	jmp 3f
-2:	vmmcall
-3:	int3
+	call hypercall
+	int3
 	xor %ecx, %ecx
 	xor %edx, %edx
 	mov %r8d, %eax
