@@ -32,7 +32,7 @@ def attach(
         list[str] | None, typer.Argument(metavar="CMD", help="With --exec: the program.", show_default=False)
     ] = None,
     events: Annotated[
-        str, typer.Option(metavar="LIST", help="What to watch: cr0,cr3,cr4,hypercall,create-vcpu,pause,...")
+        str, typer.Option(metavar="LIST", help="What to watch: cr0,cr3,cr4,msr:lstar,hypercall,breakpoint,...")
     ] = _DEFAULT_EVENTS,
     allow: Annotated[
         str,

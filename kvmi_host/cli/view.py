@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
-from kvmi_host.protocol import Event, EventId, event_name
+from kvmi_host.protocol import Descriptor, Event, EventId, event_name, msr_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,6 +22,8 @@ _COLUMNS = ("seq", "vCPU", "event", "mode", "rip", "detail")
 _PLAIN = "{:>10} {:>4} {:<12} {:>4} {:>18} {}"
 _ROWS = 20
 _CR = event_name(EventId.CR)
+_MSR = event_name(EventId.MSR)
+_DESCRIPTOR = event_name(EventId.DESCRIPTOR)
 _UNHOOK = event_name(EventId.UNHOOK)
 
 
@@ -160,6 +162,10 @@ def _cells(record: Record) -> Sequence[str]:
 def _detail(record: Record) -> str:
     if record["event"] == _CR:
         return f"cr{record['cr']} {record['old']:#x} -> {record['new']:#x}"
+    if record["event"] == _MSR:
+        return f"{msr_name(record['msr'])} {record['old']:#x} -> {record['new']:#x}"
+    if record["event"] == _DESCRIPTOR:
+        return f"{Descriptor(record['descriptor']).name.lower()} {'write' if record['write'] else 'read'}"
     return " ".join(f"{name}={value:#x}" for name, value in record.items() if name not in _COMMON)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
@@ -19,11 +19,15 @@ from uuid import UUID
 
 from kvmi_host.introspect.errors import SessionClosed, SessionTimeout
 from kvmi_host.protocol import (
+    Access,
     Action,
     CommandError,
     Connection,
+    Cpuid,
     ErrorCode,
     Event,
+    MemoryType,
+    PageFaultReply,
     ProtocolError,
     Registers,
     Request,
@@ -144,6 +148,10 @@ class Session:
         """Watch writes to control register 0, 3 or 4 of one vCPU. The CR event must be enabled as well."""
         self._ask(messages.control_cr(vcpu, cr, enable))
 
+    def control_msr(self, vcpu: int, msr: int, enable: bool) -> None:
+        """Watch writes to an MSR of one vCPU. The MSR event must be enabled as well."""
+        self._ask(messages.control_msr(vcpu, msr, enable))
+
     def control_cmd_response(self, enable: bool, now: bool = True) -> None:
         """Switch the answers to commands, from this one on (`now`) or from the next.
 
@@ -159,6 +167,40 @@ class Session:
     def set_registers(self, vcpu: int, registers: Registers) -> None:
         """Set a vCPU's general registers. Takes effect when its pending event is replied to."""
         self._ask(messages.set_registers(vcpu, registers))
+
+    def cpuid(self, vcpu: int, function: int, index: int = 0) -> Cpuid:
+        """What the guest's CPUID instruction gives for EAX = `function` and ECX = `index`."""
+        return self._ask(messages.cpuid(vcpu, function, index))
+
+    def xsave(self, vcpu: int) -> bytes:
+        """A vCPU's x87, SSE, AVX and further state, in the standard format of the XSAVE instruction."""
+        return self._ask(messages.xsave(vcpu))
+
+    def inject_exception(self, vcpu: int, vector: int, error_code: int | None = None, address: int = 0) -> None:
+        """Have a vCPU take an exception before it goes on.
+
+        :param error_code: None: the exception comes without one.
+        :param address: for a page fault (14): what goes to CR2.
+        """
+        self._ask(messages.inject_exception(vcpu, vector, error_code, address))
+
+    def page_access(self, *gpas: int) -> tuple[Access, ...]:
+        """What the guest may do with the pages at these physical addresses.
+
+        :raise ValueError: more than a message holds.
+        """
+        return self._ask(messages.page_access(gpas))
+
+    def set_page_access(self, access: Mapping[int, int]) -> None:
+        """Say what the guest may do with pages, by physical address; what it may not becomes a PF event.
+
+        :raise ValueError: more than a message holds.
+        """
+        self._ask(messages.set_page_access(access))
+
+    def mtrr_type(self, gpa: int) -> MemoryType:
+        """The memory type that the guest's MTRRs give a physical address."""
+        return self._ask(messages.mtrr_type(gpa))
 
     def read_physical(self, gpa: int, size: int) -> bytes:
         """`size` bytes of guest memory at physical address `gpa`, within one 4096-byte page."""
@@ -198,13 +240,21 @@ class Session:
             if not self._receive(deadline):
                 return None
 
-    def reply(self, event: Event, action: int = Action.CONTINUE, *, new_val: int | None = None) -> None:
+    def reply(
+        self,
+        event: Event,
+        action: int = Action.CONTINUE,
+        *,
+        new_val: int | None = None,
+        page_fault: PageFaultReply | None = None,
+    ) -> None:
         """Answer an event, and let its vCPU go on.
 
         :param new_val: for CR and MSR: the value to write instead of the guest's own.
-        :raise ValueError: the event has no reply, or takes no new value.
+        :param page_fault: for PF: how the access is made.
+        :raise ValueError: the event has no reply, or takes no such data.
         """
-        self.send_raw(self._connection.reply(event, action, new_val))
+        self.send_raw(self._connection.reply(event, action, new_val, page_fault))
 
     def send_raw(self, data: bytes) -> None:
         """Send bytes as they are: for tests of the other end, and for messages made elsewhere.

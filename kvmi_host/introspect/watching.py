@@ -9,12 +9,13 @@ from time import monotonic
 
 from kvmi_host.introspect.errors import SessionError
 from kvmi_host.introspect.session import Session
-from kvmi_host.protocol import CommandError, ErrorCode, Event, EventId
+from kvmi_host.protocol import CommandError, ErrorCode, Event, EventId, event_name, msr_index
 from kvmi_host.protocol.ids import VM_EVENTS
 
 CONTROL_REGISTERS = (0, 3, 4)
 """Those whose writes can be watched."""
 
+_MSR_PREFIX = "msr:"
 _RETRY_EVERY = 0.2  # seconds: how often a vCPU that the guest has not started is tried again
 
 
@@ -24,28 +25,37 @@ class Wanted:
 
     events: frozenset[int]
     control_registers: frozenset[int] = frozenset()
+    msrs: frozenset[int] = frozenset()
     pause: bool = False
 
     @classmethod
     def parse(cls, names: Iterable[str], event_id: Callable[[str], int]) -> Wanted:
-        """From names of events, and ``cr0``, ``cr3``, ``cr4``, ``pause``; ``cr`` is all three registers.
+        """From names of events, and ``cr0``, ``cr3``, ``cr4``, ``pause``; ``cr`` is all three registers; ``msr:lstar``
+        or ``msr:0xc0000082`` is an MSR.
 
         :param event_id: the number of an event's name; raises ValueError if there is no such event.
+        :raise ValueError: an MSR is not known, or none is named.
         """
         events: set[int] = set()
         registers: set[int] = set()
+        msrs: set[int] = set()
         pause = False
         for name in names:
             if name in {f"cr{number}" for number in CONTROL_REGISTERS}:
                 events.add(EventId.CR)
                 registers.add(int(name[2:]))
+            elif name.startswith(_MSR_PREFIX):
+                events.add(EventId.MSR)
+                msrs.add(msr_index(name.removeprefix(_MSR_PREFIX)))
+            elif name == event_name(EventId.MSR):
+                raise ValueError(f"which MSR? As in {_MSR_PREFIX}lstar, {_MSR_PREFIX}0xc0000082")
             elif name in {"pause", "pause-vcpu"}:
                 pause = True
             else:
                 event = event_id(name)
                 events.add(event)
                 registers.update(CONTROL_REGISTERS if event == EventId.CR else ())
-        return cls(frozenset(events), frozenset(registers), pause)
+        return cls(frozenset(events), frozenset(registers), frozenset(msrs), pause)
 
 
 class Watch:
@@ -108,3 +118,5 @@ class Watch:
             self._session.control_events(vcpu, event, enable)
         for register in sorted(self._wanted.control_registers):
             self._session.control_cr(vcpu, register, enable)
+        for msr in sorted(self._wanted.msrs):
+            self._session.control_msr(vcpu, msr, enable)

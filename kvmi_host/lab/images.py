@@ -169,13 +169,15 @@ def guest_images() -> dict[str, Path]:
     A file that is not called after its guest gets the guest's name in front: ``linux/initrd`` is ``linux.initrd``.
     """
     found: dict[str, Path] = {}
-    for builder in sorted((project_root() / "vm-images" / "guests").glob("*/build")):
+    sources = project_root() / "vm-images" / "guests"
+    for builder in sorted(sources.glob("*/build")):
         guest = builder.parent.name
 
         def make(out: Path, builder: Path = builder, guest: str = guest) -> None:
             build(f"building the guest image {guest}", [builder, out])
 
-        folder = cache.entry(f"guest_{guest}", cache.digest(builder.parent, _package_version("busybox-static")), make)
+        key = cache.digest(builder.parent, sources / "pc", _package_version("busybox-static"))
+        folder = cache.entry(f"guest_{guest}", key, make)
         for file in cache.files(folder):
             found[file.name if file.name.startswith(guest) else f"{guest}.{file.name}"] = file
     return found

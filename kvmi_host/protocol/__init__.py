@@ -15,23 +15,37 @@ from kvmi_host.protocol.events import (
     MsrWrite,
     OwnData,
     PageFault,
+    PageFaultReply,
     Trap,
 )
 from kvmi_host.protocol.framing import MAX_PAYLOAD, Frame, Framer, frame
 from kvmi_host.protocol.handshake import Hello
-from kvmi_host.protocol.ids import Action, Command, ErrorCode, EventId, command_name, event_name
-from kvmi_host.protocol.messages import Request, VcpuState, Version
-from kvmi_host.protocol.x86 import DescriptorTable, Msrs, Registers, Segment, SpecialRegisters, operand_size
+from kvmi_host.protocol.ids import (
+    Access,
+    Action,
+    Command,
+    Descriptor,
+    ErrorCode,
+    EventId,
+    command_name,
+    event_name,
+)
+from kvmi_host.protocol.messages import Cpuid, Request, VcpuState, Version
+from kvmi_host.protocol.msrs import msr_index, msr_name
+from kvmi_host.protocol.x86 import DescriptorTable, MemoryType, Msrs, Registers, Segment, SpecialRegisters, operand_size
 
 __all__ = [
     "MAX_PAYLOAD",
+    "Access",
     "Action",
     "Answer",
     "BreakpointHit",
     "Command",
     "CommandError",
     "Connection",
+    "Cpuid",
     "CrWrite",
+    "Descriptor",
     "DescriptorAccess",
     "DescriptorTable",
     "ErrorCode",
@@ -42,10 +56,12 @@ __all__ = [
     "HandshakeError",
     "Hello",
     "KvmiError",
+    "MemoryType",
     "MsrWrite",
     "Msrs",
     "OwnData",
     "PageFault",
+    "PageFaultReply",
     "ProtocolError",
     "Registers",
     "Request",
@@ -58,5 +74,7 @@ __all__ = [
     "command_name",
     "event_name",
     "frame",
+    "msr_index",
+    "msr_name",
     "operand_size",
 ]

@@ -27,7 +27,7 @@ from struct import Struct
 from typing import NamedTuple, NoReturn
 
 from kvmi_host.protocol.errors import CommandError, ProtocolError
-from kvmi_host.protocol.events import Event, encode_reply
+from kvmi_host.protocol.events import Event, PageFaultReply, encode_reply
 from kvmi_host.protocol.framing import Frame, Framer, frame
 from kvmi_host.protocol.ids import Action, Command, command_name
 from kvmi_host.protocol.messages import Request
@@ -134,9 +134,15 @@ class Connection:
                 self._silent.popitem(last=False)
         return seq, answered, frame(command, seq, request.payload)
 
-    def reply(self, event: Event, action: int = Action.CONTINUE, new_val: int | None = None) -> bytes:
+    def reply(
+        self,
+        event: Event,
+        action: int = Action.CONTINUE,
+        new_val: int | None = None,
+        page_fault: PageFaultReply | None = None,
+    ) -> bytes:
         """The reply to an event; see :func:`kvmi_host.protocol.events.encode_reply`."""
-        return frame(Command.EVENT_REPLY, event.seq, encode_reply(event, action, new_val))
+        return frame(Command.EVENT_REPLY, event.seq, encode_reply(event, action, new_val, page_fault))
 
     def _answer(self, message: Frame) -> Answer:
         asked = self._asked.pop(message.seq, None)

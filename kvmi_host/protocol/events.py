@@ -59,7 +59,7 @@ class BreakpointHit(NamedTuple):
 
 
 class PageFault(NamedTuple):
-    """The guest touched a watched page. ``access``: R=1, W=2, X=4."""
+    """The guest touched a watched page; ``access`` is what of :class:`~kvmi_host.protocol.ids.Access` it tried."""
 
     gva: int
     gpa: int
@@ -68,7 +68,10 @@ class PageFault(NamedTuple):
 
 
 class Trap(NamedTuple):
-    """An exception was injected into the guest."""
+    """An exception that was asked for is about to be delivered, or another one in its place.
+
+    ``type`` is VMX's: 3 for a hardware exception, 6 for a software exception (#BP and #OF).
+    """
 
     vector: int
     type: int
@@ -77,7 +80,8 @@ class Trap(NamedTuple):
 
 
 class DescriptorAccess(NamedTuple):
-    """A descriptor table register (1 IDTR, 2 GDTR, 3 LDTR, 4 TR) was read (``write`` 0) or written (1)."""
+    """A register of a descriptor table (see :class:`~kvmi_host.protocol.ids.Descriptor`) is about to be read (``write``
+    0) or written (1)."""
 
     descriptor: int
     write: int
@@ -187,16 +191,40 @@ class Event:
         return f"<Event {self.seq} {event_name(self.event)} vcpu={self.vcpu} mode={self.mode} rip={self.rip:#x}>"
 
 
+class PageFaultReply(NamedTuple):
+    """A reply's own data for a page fault; all zero by default.
+
+    :ivar ctx_addr: guest-virtual address of `ctx_data`, what the emulated instruction shall read there; 256 bytes at
+        most.
+    :ivar singlestep: let the instruction make its access, and watch the page again afterwards.
+    :ivar rep_complete: do not come back before a repeated string instruction is through.
+    """
+
+    ctx_addr: int = 0
+    ctx_data: bytes = b""
+    singlestep: bool = False
+    rep_complete: bool = False
+
+
 _REPLY = Struct("<H6xBB6x")
 _NEW_VALUE = Struct("<Q")
+_PAGE_FAULT_REPLY = Struct("<QIBB2x256s")
+_MAX_CONTEXT = 256
 
 
-def encode_reply(event: Event, action: int = Action.CONTINUE, new_val: int | None = None) -> bytes:
+def encode_reply(
+    event: Event,
+    action: int = Action.CONTINUE,
+    new_val: int | None = None,
+    page_fault: PageFaultReply | None = None,
+) -> bytes:
     """The payload of the reply to `event`: ``kvmi_vcpu_hdr``, ``kvmi_event_reply``, and its own data.
 
     :param new_val: for CR and MSR, what to write instead of the guest's value; by default the guest's own, because
         the kernel takes a missing value for zero.
-    :raise ValueError: the event has no reply (UNHOOK), or `new_val` is given for a kind that takes none.
+    :param page_fault: for PF.
+    :raise ValueError: the event has no reply (UNHOOK), own data is given for a kind that takes none, or there is too
+        much of it.
     """
     kind = event.event
     if kind == EventId.UNHOOK:
@@ -207,4 +235,12 @@ def encode_reply(event: Event, action: int = Action.CONTINUE, new_val: int | Non
         return reply + _NEW_VALUE.pack(data.new if new_val is None else new_val)
     if new_val is not None:
         raise ValueError(f"a {event_name(kind)} event takes no new value")
-    return reply
+    if page_fault is None:
+        return reply
+    if kind != EventId.PF:
+        raise ValueError(f"a {event_name(kind)} event is no page fault")
+    size = len(page_fault.ctx_data)
+    if size > _MAX_CONTEXT:
+        raise ValueError(f"{size} bytes of context are more than the {_MAX_CONTEXT} that a reply holds")
+    address, context, singlestep, rep_complete = page_fault
+    return reply + _PAGE_FAULT_REPLY.pack(address, size, singlestep, rep_complete, context)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 KVMI_VERSION = 1
 """What GET_VERSION answers and KVM_CHECK_EXTENSION returns."""
@@ -66,6 +66,26 @@ class Action(IntEnum):
     CONTINUE = 0
     RETRY = 1
     CRASH = 2
+
+
+class Access(IntFlag):
+    """What the guest may do with a page, or has tried to do."""
+
+    NONE = 0
+    R = 1
+    W = 2
+    X = 4
+    ALL = 7
+    """What every page begins with."""
+
+
+class Descriptor(IntEnum):
+    """Registers of descriptor tables, ``kvmi_event_descriptor.descriptor``."""
+
+    IDTR = 1
+    GDTR = 2
+    LDTR = 3
+    TR = 4
 
 
 class ErrorCode(IntEnum):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from struct import Struct
 from types import MappingProxyType
@@ -11,10 +11,12 @@ from typing import Generic, NamedTuple, TypeVar
 
 from kvmi_host.protocol.errors import ProtocolError
 from kvmi_host.protocol.framing import MAX_PAYLOAD
-from kvmi_host.protocol.ids import VM_EVENTS, Command, command_name
+from kvmi_host.protocol.ids import VM_EVENTS, Access, Command, command_name
 from kvmi_host.protocol.x86 import (
     REGISTERS,
     SREGS_SIZE,
+    XSAVE_SIZE,
+    MemoryType,
     Registers,
     SpecialRegisters,
     unpack_registers,
@@ -32,6 +34,11 @@ _CONTROL_EVENT = Struct("<HB5x")
 _CONTROL_REGISTER = Struct("<B3xI")
 _RESPONSE = Struct("<BB6x")
 _MSR_COUNT = Struct("<H6x")
+_CPUID = Struct("<II")
+_CPUID_ANSWER = Struct("<4I")
+_EXCEPTION = Struct("<BB2xIQ")
+_PAGES = Struct("<2xH4x")
+_PAGE_ACCESS = Struct("<QB7x")
 _RANGE = Struct("<QQ")
 _U32 = Struct("<I")
 _U64 = Struct("<Q")
@@ -66,6 +73,15 @@ class VcpuState(NamedTuple):
     registers: Registers
     sregs: SpecialRegisters
     msrs: Mapping[int, int]
+
+
+class Cpuid(NamedTuple):
+    """Answer of GET_CPUID: what the CPUID instruction gives in these registers."""
+
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
 
 
 def get_version() -> Request[Version]:
@@ -120,6 +136,12 @@ def control_cr(vcpu: int, cr: int, enable: bool) -> Request[None]:
     return Request(Command.CONTROL_CR, payload, _nothing)
 
 
+def control_msr(vcpu: int, msr: int, enable: bool) -> Request[None]:
+    """Watch writes to an MSR: 0 to 0x1fff, 0xc0000000 to 0xc0001fff (the MSR event must be enabled as well)."""
+    payload = VCPU_HEADER.pack(vcpu) + _CONTROL_REGISTER.pack(enable, msr)
+    return Request(Command.CONTROL_MSR, payload, _nothing)
+
+
 def control_cmd_response(enable: bool, now: bool) -> Request[None]:
     """Switch the answers off or on, from this command on (`now`) or from the next."""
     return Request(Command.CONTROL_CMD_RESPONSE, _RESPONSE.pack(enable, now), _nothing)
@@ -135,6 +157,73 @@ def get_registers(vcpu: int, msrs: Iterable[int] = ()) -> Request[VcpuState]:
 def set_registers(vcpu: int, registers: Registers) -> Request[None]:
     """Set them when the pending event is replied to; with no event pending the kernel drops them and says success."""
     return Request(Command.SET_REGISTERS, VCPU_HEADER.pack(vcpu) + REGISTERS.pack(*registers), _nothing)
+
+
+def cpuid(vcpu: int, function: int, index: int = 0) -> Request[Cpuid]:
+    """What the guest's CPUID instruction gives for EAX = `function` and ECX = `index`. -ENOENT: nothing."""
+
+    def decode(data: bytes) -> Cpuid:
+        _require(Command.GET_CPUID, data, _CPUID_ANSWER.size, "edx")
+        return Cpuid._make(_CPUID_ANSWER.unpack_from(data))
+
+    return Request(Command.GET_CPUID, VCPU_HEADER.pack(vcpu) + _CPUID.pack(function, index), decode)
+
+
+def xsave(vcpu: int) -> Request[bytes]:
+    """A vCPU's extended state: ``struct kvm_xsave``, in the standard format of the XSAVE instruction."""
+
+    def decode(data: bytes) -> bytes:
+        _require(Command.GET_XSAVE, data, XSAVE_SIZE, "region")
+        return data
+
+    return Request(Command.GET_XSAVE, VCPU_HEADER.pack(vcpu), decode)
+
+
+def inject_exception(vcpu: int, vector: int, error_code: int | None = None, address: int = 0) -> Request[None]:
+    """Have the guest take an exception.
+
+    :param error_code: None: the exception comes without one.
+    :param address: for a page fault (14), the address that goes to CR2.
+    """
+    payload = _EXCEPTION.pack(vector, error_code is not None, error_code or 0, address)
+    return Request(Command.INJECT_EXCEPTION, VCPU_HEADER.pack(vcpu) + payload, _nothing)
+
+
+def page_access(gpas: Iterable[int]) -> Request[tuple[Access, ...]]:
+    """What the guest may do with the pages at these physical addresses, in their order.
+
+    :raise ValueError: more than a message holds.
+    """
+    pages = tuple(gpas)
+
+    def decode(data: bytes) -> tuple[Access, ...]:
+        _require(Command.GET_PAGE_ACCESS, data, len(pages), f"access[{len(pages)}]")
+        return tuple(map(Access, data[: len(pages)]))
+
+    payload = _pages(pages, [_U64.pack(gpa) for gpa in pages])
+    return Request(Command.GET_PAGE_ACCESS, payload, decode)
+
+
+def set_page_access(access: Mapping[int, int]) -> Request[None]:
+    """Say what the guest may do with pages, by physical address. :attr:`Access.ALL` forgets the page.
+
+    :raise ValueError: more than a message holds.
+    """
+    payload = _pages(access, [_PAGE_ACCESS.pack(gpa, allowed) for gpa, allowed in access.items()])
+    return Request(Command.SET_PAGE_ACCESS, payload, _nothing)
+
+
+def mtrr_type(gpa: int) -> Request[MemoryType]:
+    """The memory type that the guest's MTRRs give a physical address."""
+
+    def decode(data: bytes) -> MemoryType:
+        _require(Command.GET_MTRR_TYPE, data, 1, "type")
+        try:
+            return MemoryType(data[0])
+        except ValueError:
+            raise ProtocolError(f"{command_name(Command.GET_MTRR_TYPE)}: there is no memory type {data[0]}") from None
+
+    return Request(Command.GET_MTRR_TYPE, _U64.pack(gpa), decode)
 
 
 def read_physical(gpa: int, size: int) -> Request[bytes]:
@@ -215,6 +304,13 @@ def _vcpu_state(data: bytes) -> VcpuState:
         sregs=unpack_sregs(data, sregs_at),
         msrs=MappingProxyType(dict(_MSR_ENTRY.iter_unpack(data[entries_at:entries_end]))),
     )
+
+
+def _pages(pages: Collection[int], items: Iterable[bytes]) -> bytes:
+    payload = _PAGES.pack(len(pages)) + b"".join(items)
+    if len(payload) > MAX_PAYLOAD:
+        raise ValueError(f"{len(pages)} pages do not fit in a message, which holds {MAX_PAYLOAD} bytes")
+    return payload
 
 
 def _require(command: int, data: bytes, size: int, field: str) -> None:

@@ -3,8 +3,19 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from struct import Struct
 from typing import NamedTuple
+
+
+class MemoryType(IntEnum):
+    """Memory types, as MTRRs encode them."""
+
+    UNCACHEABLE = 0
+    WRITE_COMBINING = 1
+    WRITE_THROUGH = 4
+    WRITE_PROTECTED = 5
+    WRITE_BACK = 6
 
 
 class Registers(NamedTuple):
@@ -96,6 +107,9 @@ SEGMENT = Struct("<QIH9Bx")
 TABLE = Struct("<QH6x")
 CONTROL = Struct("<7Q4Q")
 MSRS = Struct("<9Q")
+
+XSAVE_SIZE = 4096
+"""``struct kvm_xsave``."""
 
 SREGS_SIZE = 8 * SEGMENT.size + 2 * TABLE.size + CONTROL.size
 

@@ -45,14 +45,14 @@ class Guest:
 
 
 def find_image(name: str, directory: str | None = None) -> Image:
-    """An image by its name (``modewalk``, ``linux``) or by the path of a kernel.
+    """An image by its name (``modewalk``, ``puppet``, ``linux``) or by the path of a kernel.
 
     :param directory: where the named images are; else what the environment variable KVMI_IMAGES says, else
         /opt/kvmi-host/images. It is a path on the VM's host.
     """
     images = PurePosixPath(directory or os.environ.get("KVMI_IMAGES") or IMAGE_DIRECTORY)
-    if name == "modewalk":
-        return Image(name, images / "modewalk.elf")
+    if name in {"modewalk", "puppet"}:
+        return Image(name, images / f"{name}.elf")
     if name == "linux":
         cmdline = "console=ttyS0 quiet mitigations=off nokaslr"
         return Image(name, images / "linux.vmlinuz", images / "linux.initrd", cmdline)

@@ -8,8 +8,7 @@ import socket
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 from types import TracebackType
 from typing import Self
@@ -27,9 +26,9 @@ from kvmi_host.testing.modewalk import (
     iterations_address,
     pace_address,
     record_address,
-    vcpus_line,
     want_address,
 )
+from kvmi_host.testing.qmp import Monitor
 
 DEADLINE = 60.0
 """Seconds that anything may take. An emulated host is 10 to 20 times slower than a real one."""
@@ -40,23 +39,46 @@ class LiveError(AssertionError):
 
 
 class LiveGuest:
-    """The modewalk guest in a stock QEMU of its own. As a context manager, it is killed at the end."""
+    """A bare-metal guest in a stock QEMU of its own. As a context manager, it is killed at the end.
 
-    def __init__(self, vcpus: int) -> None:
+    :ivar monitor: QEMU's monitor.
+    """
+
+    def __init__(
+        self,
+        vcpus: int,
+        image: str = "modewalk",
+        *,
+        accel: str = "kvm",
+        cpu: str = "host",
+        memory: str = "32",
+        options: Sequence[str] = (),
+    ) -> None:
+        """
+        :param memory: QEMU's ``-m``: MiB, and more that it takes.
+        :param options: more options of QEMU.
+        """
         self.vcpus = vcpus
+        self.image = image
         self._lines: list[str] = []
         self._grown = threading.Condition()
-        self._process = subprocess.Popen(
-            [
-                *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-smp", str(vcpus), "-m", "32"),
-                *("-nodefaults", "-display", "none", "-serial", "stdio", "-kernel", str(find_image("modewalk").kernel)),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
+        ours, qemus = socket.socketpair()
+        self.monitor = Monitor(ours, DEADLINE)
+        with qemus:
+            self._process = subprocess.Popen(
+                [
+                    *("qemu-system-x86_64", "-accel", accel, "-cpu", cpu, "-smp", str(vcpus), "-m", memory),
+                    *("-nodefaults", "-display", "none", "-serial", "stdio", *options),
+                    *("-chardev", f"socket,id=monitor,fd={qemus.fileno()}", "-mon", "chardev=monitor,mode=control"),
+                    *("-kernel", str(find_image(image).kernel)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                pass_fds=[qemus.fileno()],
+            )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -80,7 +102,7 @@ class LiveGuest:
 
     def booted(self) -> Self:
         """Wait until every vCPU has come up."""
-        self.await_line(lambda line: line == vcpus_line(self.vcpus), since=0)
+        self.await_line(lambda line: line == f"{self.image}: {self.vcpus} vcpus", since=0)
         return self
 
     def await_line(self, wanted: Callable[[str], bool], since: int | None = None) -> str:
@@ -103,14 +125,14 @@ class LiveGuest:
                 self._grown.wait(left)
 
     def goes_on(self) -> None:
-        """Wait until every vCPU has made progress from now on, as its serial lines tell: "lap" or "held" ones.
+        """Wait until every vCPU has made progress from now on, as its serial lines tell.
 
         :raise LiveError: one has not.
         """
         with self._grown:
             since = len(self._lines)
         for vcpu in range(self.vcpus):
-            self.await_line(_tells_progress_of(vcpu), since)
+            self.await_line(_tells_progress_of(self.image, vcpu), since)
 
     def wait(self) -> int:
         """Wait for QEMU's end; its exit status, negative for a signal."""
@@ -121,15 +143,20 @@ class LiveGuest:
         self._process.send_signal(how)
         self._process.wait(DEADLINE)
         self._reader.join(DEADLINE)
+        self.monitor.close()
 
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Leave the host's CPUs to others, as long as the block runs. It must not be hooked."""
+    @property
+    def alive(self) -> bool:
+        """Whether QEMU runs, stopped or not."""
+        return self._process.poll() is None
+
+    def freeze(self) -> None:
+        """Leave the host's CPUs to others, until :meth:`thaw`. It must not be hooked."""
         self._process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self._process.send_signal(signal.SIGCONT)
+
+    def thaw(self) -> None:
+        """Go on. One that was not frozen does so anyway."""
+        self._process.send_signal(signal.SIGCONT)
 
     def tail(self) -> str:
         """The last serial lines."""
@@ -145,9 +172,36 @@ class LiveGuest:
             self._grown.notify_all()
 
 
-def _tells_progress_of(vcpu: int) -> Callable[[str], bool]:
-    marks = tuple(f"modewalk: vcpu {vcpu} {word} " for word in ("lap", "held"))
+def _tells_progress_of(image: str, vcpu: int) -> Callable[[str], bool]:
+    marks = tuple(f"{image}: vcpu {vcpu} {word} " for word in ("lap", "held", "alive"))
     return lambda line: line.startswith(marks)
+
+
+class SharedGuests:
+    """One running guest of each bare-metal image, which tests share. One at a time has the host's CPUs."""
+
+    def __init__(self) -> None:
+        self._guests: dict[str, LiveGuest] = {}
+
+    def use(self, image: str, vcpus: int) -> LiveGuest:
+        """The guest of an image, booted if there is none; the others stand aside."""
+        self.stand_aside()
+        if image not in self._guests or not self._guests[image].alive:
+            self._guests[image] = LiveGuest(vcpus, image)
+        guest = self._guests[image]
+        guest.thaw()
+        return guest.booted()
+
+    def stand_aside(self) -> None:
+        """Leave the host's CPUs to a guest that is not shared."""
+        for guest in self._guests.values():
+            if guest.alive:
+                guest.freeze()
+
+    def kill(self) -> None:
+        """End all of them."""
+        for guest in self._guests.values():
+            guest.kill()
 
 
 def await_end(session: Session) -> None:

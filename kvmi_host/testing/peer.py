@@ -17,8 +17,10 @@ from struct import Struct
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from kvmi_host.protocol import Action, Command, ErrorCode, EventId, Framer, ProtocolError, frame
+from kvmi_host.protocol import Access, Action, Command, ErrorCode, EventId, Framer, MemoryType, ProtocolError, frame
 from kvmi_host.protocol.ids import ALWAYS_ALLOWED, CHANGES_THE_GUEST, KVMI_VERSION, VM_EVENTS
+from kvmi_host.protocol.msrs import WATCHABLE
+from kvmi_host.protocol.x86 import XSAVE_SIZE
 
 PAGE = 4096
 _VCPU_HEADER = 8
@@ -35,8 +37,12 @@ _VCPU_COMMANDS = frozenset(
         Command.PAUSE_VCPU,
         Command.CONTROL_EVENTS,
         Command.CONTROL_CR,
+        Command.CONTROL_MSR,
         Command.GET_REGISTERS,
         Command.SET_REGISTERS,
+        Command.GET_CPUID,
+        Command.GET_XSAVE,
+        Command.INJECT_EXCEPTION,
     }
 )
 _NO_STATE = bytes(144 + 312)  # kvm_regs, kvm_sregs
@@ -55,6 +61,14 @@ class Reply:
     own: bytes
 
 
+class Injected(NamedTuple):
+    """An exception that a vCPU will take. ``error_code``: None if it comes without one."""
+
+    vector: int
+    error_code: int | None
+    address: int
+
+
 class _Waiting(NamedTuple):
     """An event that its vCPU waits for the reply to."""
 
@@ -69,6 +83,8 @@ class _Vcpu:
     started: bool = True
     events: set[int] = field(default_factory=set)
     registers: set[int] = field(default_factory=set)
+    msrs: set[int] = field(default_factory=set)
+    injected: Injected | None = None
     pauses: int = 0
     waiting: _Waiting | None = None
 
@@ -108,6 +124,7 @@ class SimulatedKernel:
         self._observe = observe
         self._vcpus = [_Vcpu(started=index not in not_started) for index in range(vcpus)]
         self._vm_events: set[int] = set()
+        self._access: dict[int, int] = {}
         self._answers = True
         self._answer_this = True
         self._seq = 0
@@ -145,6 +162,15 @@ class SimulatedKernel:
     def watched_registers(self, vcpu: int = 0) -> frozenset[int]:
         """The control registers whose writes the introspector watches."""
         return frozenset(self._vcpus[vcpu].registers)
+
+    def watched_msrs(self, vcpu: int = 0) -> frozenset[int]:
+        """The MSRs whose writes the introspector watches."""
+        return frozenset(self._vcpus[vcpu].msrs)
+
+    def take_exception(self, vcpu: int = 0) -> Injected | None:
+        """The guest takes the exception that the introspector asked for."""
+        injected, self._vcpus[vcpu].injected = self._vcpus[vcpu].injected, None
+        return injected
 
     def start_vcpu(self, vcpu: int) -> None:
         """The guest starts a vCPU."""
@@ -319,6 +345,55 @@ class SimulatedKernel:
         (vcpu.registers.add if enable else vcpu.registers.discard)(register)
         return 0
 
+    def _control_msr(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        enable, *padding, msr = _REGISTER_SWITCH.unpack_from(payload)
+        if not any(msr in watchable for watchable in WATCHABLE) or enable > 1 or any(padding):
+            return ErrorCode.EINVAL
+        (vcpu.msrs.add if enable else vcpu.msrs.discard)(msr)
+        return 0
+
+    def _cpuid(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        function, index = _CPUID.unpack_from(payload)
+        return _CPUID_ANSWER.pack(function, index, 0, 0) if function <= _HIGHEST_CPUID else ErrorCode.ENOENT
+
+    def _xsave(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+        return bytes(XSAVE_SIZE)
+
+    def _inject(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        vector, has_error, padding, error_code, address = _EXCEPTION.unpack_from(payload)
+        if vector > _HIGHEST_EXCEPTION or has_error > 1 or padding:
+            return ErrorCode.EINVAL
+        if vcpu.injected:
+            return ErrorCode.EBUSY
+        vcpu.injected = Injected(vector, error_code if has_error else None, address)
+        return 0
+
+    def _get_page_access(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        gpas = self._pages(payload, _U64)
+        if gpas is None:
+            return ErrorCode.EINVAL
+        return bytes(self._access.get(gpa // PAGE, Access.ALL) for (gpa,) in gpas)
+
+    def _set_page_access(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        entries = self._pages(payload, _PAGE_ACCESS)
+        if entries is None or any(access > Access.ALL or any(padding) for _, access, *padding in entries):
+            return ErrorCode.EINVAL
+        for gpa, access, *_ in entries:
+            self._access[gpa // PAGE] = access
+        return 0
+
+    def _pages(self, payload: bytes, entry: Struct) -> list[tuple[int, ...]] | None:
+        """The entries of a command about pages, each with its address first; None if they are not as they have to."""
+        view, count, padding = _PAGES.unpack_from(payload)
+        entries = payload[_PAGES.size :]
+        if view or padding or len(entries) != count * entry.size:
+            return None
+        unpacked = list(entry.iter_unpack(entries))
+        return unpacked if all(gpa < len(self.memory) for gpa, *_ in unpacked) else None
+
+    def _mtrr_type(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+        return bytes([MemoryType.WRITE_BACK]) + bytes(7)
+
     def _get_registers(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
         count = _u16(payload)
         if any(payload[2:8]) or len(payload) < 8 + 4 * count:
@@ -368,6 +443,13 @@ _EVENT_SWITCH = Struct("<HBBI")
 _REGISTER_SWITCH = Struct("<BBHI")
 _RANGE = Struct("<QQ")
 _MSR = Struct("<I4xQ")
+_CPUID = Struct("<II")
+_CPUID_ANSWER = Struct("<4I")
+_EXCEPTION = Struct("<BBHIQ")
+_PAGES = Struct("<HHI")
+_PAGE_ACCESS = Struct("<QBBHI")
+_HIGHEST_CPUID = 0x10
+_HIGHEST_EXCEPTION = 31
 
 # How each is carried out, and the least payload that it takes, without the vCPU header.
 _COMMANDS: dict[int, tuple[Callable[[SimulatedKernel, _Vcpu, bytes], bytes | int], int]] = {
@@ -380,10 +462,17 @@ _COMMANDS: dict[int, tuple[Callable[[SimulatedKernel, _Vcpu, bytes], bytes | int
     Command.CONTROL_VM_EVENTS: (SimulatedKernel._control_vm_events, 8),
     Command.CONTROL_EVENTS: (SimulatedKernel._control_events, 8),
     Command.CONTROL_CR: (SimulatedKernel._control_cr, 8),
+    Command.CONTROL_MSR: (SimulatedKernel._control_msr, 8),
     Command.GET_REGISTERS: (SimulatedKernel._get_registers, 8),
     Command.SET_REGISTERS: (SimulatedKernel._set_registers, 144),
+    Command.GET_CPUID: (SimulatedKernel._cpuid, 8),
+    Command.GET_XSAVE: (SimulatedKernel._xsave, 0),
     Command.READ_PHYSICAL: (SimulatedKernel._read_physical, 16),
     Command.WRITE_PHYSICAL: (SimulatedKernel._write_physical, 16),
+    Command.INJECT_EXCEPTION: (SimulatedKernel._inject, 16),
+    Command.GET_PAGE_ACCESS: (SimulatedKernel._get_page_access, 8),
+    Command.SET_PAGE_ACCESS: (SimulatedKernel._set_page_access, 8),
+    Command.GET_MTRR_TYPE: (SimulatedKernel._mtrr_type, 8),
     Command.CONTROL_CMD_RESPONSE: (SimulatedKernel._control_cmd_response, 8),
     Command.GET_MAX_GFN: (SimulatedKernel._max_gfn, 0),
 }

@@ -10,7 +10,6 @@ import os
 import re
 import socket
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from time import monotonic
 
@@ -25,9 +24,12 @@ from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.host.kernel_log import TROUBLE
 from kvmi_host.host.kvm import require_introspection
 from kvmi_host.introspect import Session
-from kvmi_host.testing.live import DEADLINE, LiveGuest, Walker, Wire
+from kvmi_host.protocol import KvmiError
+from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests, Walker, Wire
+from kvmi_host.testing.puppet import Puppet
 
-VCPUS = 4
+MODEWALK_VCPUS = 4
+PUPPET_VCPUS = 2
 
 
 class KernelLog:
@@ -94,32 +96,50 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if isinstance(log, KernelLog):
         log.read()
         report.sections.append(("dmesg, its end", "\n".join(log.lines[-40:])))
-    for name in ("guest", "own_guest"):
+    for name in ("guest", "own_guest", "puppet_guest"):
         if isinstance(guest := item.funcargs.get(name), LiveGuest):
             report.sections.append((f"serial output of {name}, its end", guest.tail()))
     return report
 
 
 @pytest.fixture(scope="session")
-def _guest() -> Iterator[LiveGuest]:
-    with LiveGuest(VCPUS) as guest:
-        yield guest.booted()
+def shared() -> Iterator[SharedGuests]:
+    """The guests that tests share."""
+    guests = SharedGuests()
+    yield guests
+    guests.kill()
 
 
 @pytest.fixture
-def guest(_guest: LiveGuest) -> Iterator[LiveGuest]:
+def guest(shared: SharedGuests) -> Iterator[LiveGuest]:
     """A running modewalk guest with four vCPUs, shared by the tests; none leaves it hooked or held."""
-    yield _guest
-    session = hook(_guest)
-    Walker(session, VCPUS).reset()
+    guest = shared.use("modewalk", MODEWALK_VCPUS)
+    yield guest
+    session = hook(guest)
+    Walker(session, MODEWALK_VCPUS).reset()
     session.close()
 
 
 @pytest.fixture
-def own_guest(_guest: LiveGuest, request: pytest.FixtureRequest) -> Iterator[LiveGuest]:
-    """A running modewalk guest with two vCPUs, for tests that may break it. The shared one stands aside if it can."""
-    with nullcontext() if "guest" in request.fixturenames else _guest.frozen(), LiveGuest(2) as guest:
+def own_guest(shared: SharedGuests, request: pytest.FixtureRequest) -> Iterator[LiveGuest]:
+    """A running modewalk guest with two vCPUs, for tests that may break it. The shared ones stand aside if they can."""
+    if "guest" not in request.fixturenames:
+        shared.stand_aside()
+    with LiveGuest(2) as guest:
         yield guest.booted()
+
+
+@pytest.fixture
+def puppet_guest(shared: SharedGuests) -> Iterator[LiveGuest]:
+    """A running puppet guest with two vCPUs, shared by the tests; one whose vCPUs a test leaves stuck is ended."""
+    guest = shared.use("puppet", PUPPET_VCPUS)
+    yield guest
+    try:
+        with hook(guest) as session:
+            Puppet(session).settle(guest.vcpus)
+    except (AssertionError, KvmiError):
+        guest.kill()
+        raise
 
 
 @pytest.fixture
@@ -173,4 +193,10 @@ def wire(guest: LiveGuest) -> Iterator[Wire]:
 @pytest.fixture
 def walker(session: Session) -> Walker:
     """The session, with what it takes to send vCPUs to stations."""
-    return Walker(session, VCPUS)
+    return Walker(session, MODEWALK_VCPUS)
+
+
+@pytest.fixture
+def puppet(puppet_guest: LiveGuest, hooked: Callable[..., Session]) -> Puppet:
+    """The vCPUs of the puppet guest, on a session that may do everything."""
+    return Puppet(hooked(puppet_guest))

@@ -22,8 +22,12 @@ VCPU_COMMANDS = {
     Command.PAUSE_VCPU: 8,
     Command.CONTROL_EVENTS: 8,
     Command.CONTROL_CR: 8,
+    Command.CONTROL_MSR: 8,
     Command.GET_REGISTERS: 8,
     Command.SET_REGISTERS: 144,
+    Command.GET_CPUID: 8,
+    Command.GET_XSAVE: 0,
+    Command.INJECT_EXCEPTION: 16,
 }
 """With the size of what follows the vCPU header."""
 
@@ -34,7 +38,7 @@ def refusal(session: Session, command: int, payload: bytes, vcpu: int | None = N
     return refused.value.code
 
 
-@pytest.mark.parametrize("number", [11, 12, 15, 16, 19, 20, 21, 22, 23, 24, 25, 26, 28, 30, 63, 255, 65535])
+@pytest.mark.parametrize("number", [12, 22, 24, 25, 26, 28, 30, 63, 255, 65535])
 @pytest.mark.parametrize("size", [0, 5, 8184])
 def test_an_unknown_command_is_refused_and_its_payload_passed_over(session: Session, number: int, size: int) -> None:
     assert refusal(session, number, bytes(size)) == ErrorCode.EOPNOTSUPP
@@ -83,6 +87,13 @@ BAD_FIELDS = [
     (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 2), 0),
     (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 8), 0),
     (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 0xFFFFFFFF), 0),
+    (Command.CONTROL_MSR, struct.pack("<BBHI", 2, 0, 0, 0x174), 0),
+    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 1, 0, 0x174), 0),
+    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 1, 0x174), 0),
+    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0x2000), 0),
+    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xBFFFFFFF), 0),
+    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xC0002000), 0),
+    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xFFFFFFFF), 0),
     (Command.GET_REGISTERS, struct.pack("<HHI", 0, 1, 0), 0),
     (Command.GET_REGISTERS, struct.pack("<HHI", 0, 0, 1), 0),
     (Command.GET_REGISTERS, struct.pack("<HHI", 2, 0, 0) + bytes(4), 0),
@@ -102,12 +113,6 @@ def test_a_bad_field_is_refused(session: Session, command: int, payload: bytes, 
     assert session.get_version().version == 1
 
 
-@pytest.mark.parametrize("event", [EventId.MSR, EventId.BREAKPOINT, EventId.PF, EventId.SINGLESTEP])
-def test_an_event_that_is_not_served_is_refused(session: Session, event: EventId) -> None:
-    payload = struct.pack("<HBBI", event, 1, 0, 0)
-    assert refusal(session, Command.CONTROL_EVENTS, payload, 0) == ErrorCode.EOPNOTSUPP
-
-
 @pytest.mark.parametrize(
     ("command", "size", "vcpu"),
     [(c, size, 0) for c, size in VCPU_COMMANDS.items() if size]
@@ -118,6 +123,9 @@ def test_an_event_that_is_not_served_is_refused(session: Session, event: EventId
         (Command.CONTROL_CMD_RESPONSE, 8, None),
         (Command.READ_PHYSICAL, 16, None),
         (Command.WRITE_PHYSICAL, 16, None),
+        (Command.GET_PAGE_ACCESS, 8, None),
+        (Command.SET_PAGE_ACCESS, 8, None),
+        (Command.GET_MTRR_TYPE, 8, None),
     ],
 )
 def test_a_payload_that_is_too_short_is_refused(session: Session, command: int, size: int, vcpu: int | None) -> None:

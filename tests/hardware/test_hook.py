@@ -82,7 +82,6 @@ def test_what_is_allowed_can_be_taken_back(session: Session, handle: VmHandle) -
         (kvm.KVM_INTROSPECTION_COMMAND, -2, errno.EINVAL),
         (kvm.KVM_INTROSPECTION_COMMAND, Command.CONTROL_VE, errno.EOPNOTSUPP),
         (kvm.KVM_INTROSPECTION_EVENT, 12, errno.EINVAL),
-        (kvm.KVM_INTROSPECTION_EVENT, EventId.MSR, errno.EOPNOTSUPP),
     ],
 )
 def test_what_there_is_not_cannot_be_allowed(

@@ -13,7 +13,7 @@ import pytest
 
 from kvmi_host.attach import attach
 from kvmi_host.attach.errors import AttachRefused
-from kvmi_host.testing.live import DEADLINE, LiveGuest
+from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests
 
 pytestmark = pytest.mark.hardware
 
@@ -35,9 +35,9 @@ def load_ours(vendor: str) -> None:
 
 
 @pytest.fixture
-def vendor(_guest: LiveGuest) -> Iterator[str]:
+def vendor(shared: SharedGuests) -> Iterator[str]:
     """The vendor's module; nothing uses KVM. Our modules are loaded again at the end."""
-    _guest.kill()
+    shared.kill()
     assert (OURS / "kvm.ko").exists(), f"the modules to load again are not in {OURS}: run this in the host in a box"
     name = "kvm_intel" if Path("/sys/module/kvm_intel").exists() else "kvm_amd"
     yield name

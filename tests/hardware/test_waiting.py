@@ -168,7 +168,7 @@ def test_a_command_with_data_ends_the_session_while_answers_are_off(session: Ses
     await_end(session)
 
 
-@pytest.mark.parametrize("number", [60, Command.CONTROL_MSR], ids=["unknown", "not served"])
+@pytest.mark.parametrize("number", [60, Command.CONTROL_VE], ids=["unknown", "not served"])
 def test_an_unknown_command_is_refused_even_while_answers_are_off(session: Session, number: int) -> None:
     session.send_raw(answers(1, enable=False, now=True))
     with pytest.raises(CommandError) as refused:

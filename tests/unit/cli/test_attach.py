@@ -51,6 +51,50 @@ def test_json_is_the_session_then_events_then_the_summary(kernel):
     assert summary["round_trip"]["median_us"] <= summary["round_trip"]["p99_us"]
 
 
+OWN_FIELDS = [
+    (
+        EventId.MSR,
+        "820000c0 00000000 0100000000000000 0200000000000000",
+        {"msr": 0xC0000082, "old": 1, "new": 2},
+        "lstar 0x1 -> 0x2",
+    ),
+    (
+        EventId.BREAKPOINT,
+        "3412000000000000 01 00000000000000",
+        {"gpa": 0x1234, "insn_len": 1},
+        "gpa=0x1234 insn_len=0x1",
+    ),
+    (
+        EventId.PF,
+        "0100000000000000 0200000000000000 04 00 0000 00000000",
+        {"gva": 1, "gpa": 2, "access": 4, "view": 0},
+        "gva=0x1 gpa=0x2 access=0x4 view=0x0",
+    ),
+    (
+        EventId.TRAP,
+        "0e000000 03000000 02000000 00000000 ef00000000000000",
+        {"vector": 14, "type": 3, "error_code": 2, "cr2": 0xEF},
+        "vector=0xe type=0x3 error_code=0x2 cr2=0xef",
+    ),
+    (EventId.DESCRIPTOR, "02 01 000000000000", {"descriptor": 2, "write": 1}, "gdtr write"),
+    (EventId.DESCRIPTOR, "03 00 000000000000", {"descriptor": 3, "write": 0}, "ldtr read"),
+]
+
+
+@pytest.mark.parametrize(("event", "own", "fields", "detail"), OWN_FIELDS)
+def test_an_events_own_fields_are_in_its_object(kernel, event, own, fields, detail):
+    kernel.fire(event, own=bytes.fromhex(own))
+    shown = lines(run("--json", "--count", "1"))[1]
+    assert {name: shown[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize(("event", "own", "fields", "detail"), OWN_FIELDS)
+def test_an_events_own_fields_are_its_detail(kernel, event, own, fields, detail):
+    kernel.fire(event, own=bytes.fromhex(own))
+    (line,) = [line for line in run("--count", "1").stdout.splitlines() if line.startswith("         1 ")]
+    assert line.endswith(f" {detail}")
+
+
 def test_plain_lines_are_aligned_and_end_with_the_summary(kernel):
     kernel.fire(EventId.CR, own=CR3_WRITE)
     result = run("--count", "1")

@@ -51,7 +51,7 @@ def test_a_session_is_shown_as_attach_shows_it(tmp_path: Path) -> None:
     assert status == 0
     assert "web  uuid 00000000-0000-0000-0000-000000000001  2 vCPUs" in output
     assert "7    1 cr              8 0x0000000000001000 cr3 0x2000 -> 0x3000" in output
-    assert "msr=0xc0000082 old=0x1 new=0x2" in output
+    assert "lstar 0x1 -> 0x2" in output
     assert "modes seen: 8 (1)" in output
 
 

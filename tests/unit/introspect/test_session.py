@@ -8,7 +8,19 @@ import pytest
 
 from kvmi_host.introspect import Session, SessionClosed, SessionTimeout
 from kvmi_host.introspect.session import MAX_WAITING_EVENTS
-from kvmi_host.protocol import Action, Command, CommandError, ErrorCode, EventId, ProtocolError, Registers, frame
+from kvmi_host.protocol import (
+    Access,
+    Action,
+    Command,
+    CommandError,
+    ErrorCode,
+    EventId,
+    MemoryType,
+    PageFaultReply,
+    ProtocolError,
+    Registers,
+    frame,
+)
 from kvmi_host.testing.peer import next_reply
 
 CR3_WRITE = bytes.fromhex("0300 000000000000 0010000000000000 0020000000000000")
@@ -40,6 +52,9 @@ def test_the_commands_work(pair):
     session.write_physical(0x1FFC, b"\xde\xad\xbe\xef")
     assert kernel.memory[0x1FFC:0x2000] == b"\xde\xad\xbe\xef"
     assert session.read_physical(0x1FFE, 2) == b"\xbe\xef"
+    assert session.cpuid(1, 7, 1) == (7, 1, 0, 0)
+    assert session.xsave(0) == bytes(4096)
+    assert session.mtrr_type(0) is MemoryType.WRITE_BACK
 
 
 def test_events_are_switched_where_they_belong(pair):
@@ -54,6 +69,77 @@ def test_events_are_switched_where_they_belong(pair):
     session.control_cr(1, 3, False)
     assert not kernel.enabled(EventId.CR, 1)
     assert kernel.watched_registers(1) == frozenset()
+
+
+def test_msrs_are_watched_on_their_vcpu(pair):
+    kernel, session = pair(vcpus=2)
+    session.control_msr(1, 0xC0000082, True)
+    assert [kernel.watched_msrs(vcpu) for vcpu in (0, 1)] == [frozenset(), frozenset({0xC0000082})]
+    session.control_msr(1, 0xC0000082, False)
+    assert kernel.watched_msrs(1) == frozenset()
+
+
+def test_pages_keep_the_access_that_was_set(pair):
+    _, session = pair()
+    session.set_page_access({0x1000: Access.R, 0x2000: Access.NONE})
+    assert session.page_access(0, 0x1000, 0x2000) == (Access.ALL, Access.R, Access.NONE)
+    assert session.page_access() == ()
+    session.set_page_access({0x1000: Access.ALL})
+    assert session.page_access(0x1FFF) == (Access.ALL,)
+
+
+@pytest.mark.parametrize(("error_code", "address"), [(None, 0), (0, 0), (2, 0x1234)])
+def test_a_vcpu_takes_one_exception_at_a_time(pair, error_code, address):
+    kernel, session = pair(vcpus=2)
+    session.inject_exception(1, 14, error_code, address)
+    with pytest.raises(CommandError) as caught:
+        session.inject_exception(1, 6)
+    assert caught.value.code is ErrorCode.EBUSY
+    assert kernel.take_exception(0) is None
+    assert kernel.take_exception(1) == (14, error_code, address)
+    session.inject_exception(1, 6)
+
+
+@pytest.mark.parametrize(
+    ("command", "payload", "vcpu"),
+    [
+        (Command.CONTROL_MSR, "02 00 0000 820000c0", 0),
+        (Command.CONTROL_MSR, "01 01 0000 820000c0", 0),
+        (Command.CONTROL_MSR, "01 00 0000 00200000", 0),
+        (Command.INJECT_EXCEPTION, "20 00 0000 00000000 0000000000000000", 0),
+        (Command.INJECT_EXCEPTION, "0d 02 0000 00000000 0000000000000000", 0),
+        (Command.INJECT_EXCEPTION, "0d 01 0100 00000000 0000000000000000", 0),
+        (Command.GET_PAGE_ACCESS, "0100 0100 00000000 0000000000000000", None),
+        (Command.GET_PAGE_ACCESS, "0000 0200 00000000 0000000000000000", None),
+        (Command.GET_PAGE_ACCESS, "0000 0100 01000000 0000000000000000", None),
+        (Command.GET_PAGE_ACCESS, "0000 0100 00000000 0000000000000001", None),
+        (Command.SET_PAGE_ACCESS, "0000 0100 00000000 0000000000000000 08 00 0000 00000000", None),
+        (Command.SET_PAGE_ACCESS, "0000 0100 00000000 0000000000000000 01 01 0000 00000000", None),
+        (Command.SET_PAGE_ACCESS, "0000 0000 00000000 0000000000000000 01 00 0000 00000000", None),
+    ],
+)
+def test_a_bad_field_is_einval(pair, command, payload, vcpu):
+    _, session = pair()
+    with pytest.raises(CommandError) as caught:
+        session.request(command, bytes.fromhex(payload), vcpu)
+    assert caught.value.code is ErrorCode.EINVAL
+    assert session.page_access(0) == (Access.ALL,)
+
+
+def test_an_observer_cannot_touch_pages_or_inject(pair):
+    _, session = pair(observe=True)
+    for command in (Command.SET_PAGE_ACCESS, Command.INJECT_EXCEPTION):
+        assert not session.check_command(command)
+    assert session.check_command(Command.GET_PAGE_ACCESS)
+
+
+def test_a_page_fault_is_answered_with_its_own_data(pair):
+    kernel, session = pair()
+    replies = kernel.fire(EventId.PF, own=bytes(24))
+    session.reply(session.next_event(), Action.RETRY, page_fault=PageFaultReply(singlestep=True))
+    reply = next_reply(replies)
+    assert reply.action == Action.RETRY
+    assert reply.own == bytes(12) + b"\1" + bytes(259)
 
 
 def test_what_is_not_allowed_is_eperm_and_the_session_goes_on(pair):

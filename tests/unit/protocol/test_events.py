@@ -12,6 +12,7 @@ from kvmi_host.protocol import (
     EventId,
     MsrWrite,
     PageFault,
+    PageFaultReply,
     ProtocolError,
     Trap,
 )
@@ -169,6 +170,32 @@ LSTAR_WRITE = "820000c0 00000000 0100000000000000 0200000000000000"
 )
 def test_a_reply_has_the_bytes_of_the_protocol(kind, own, action, new_val, reply):
     assert encode_reply(Event(1, body(kind, own)), action, new_val) == bytes.fromhex(reply)
+
+
+PAGE_FAULT = "0010007f00000000 0010000000000000 02 00 0000 00000000"
+
+
+@pytest.mark.parametrize(
+    ("page_fault", "own"),
+    [
+        (None, ""),
+        (PageFaultReply(), "0000000000000000 00000000 00 00 0000" + "00" * 256),
+        (PageFaultReply(singlestep=True), "0000000000000000 00000000 01 00 0000" + "00" * 256),
+        (PageFaultReply(rep_complete=True), "0000000000000000 00000000 00 01 0000" + "00" * 256),
+        (PageFaultReply(0x7F001000, b"\xab\xcd"), "0010007f00000000 02000000 00 00 0000 abcd" + "00" * 254),
+        (PageFaultReply(1, bytes([7]) * 256), "0100000000000000 00010000 00 00 0000" + "07" * 256),
+    ],
+)
+def test_the_reply_to_a_page_fault_has_the_bytes_of_the_protocol(page_fault, own):
+    reply = encode_reply(Event(1, body(EventId.PF, PAGE_FAULT)), page_fault=page_fault)
+    assert reply == bytes.fromhex("0300 0000 00000000  00 06 0000 00000000" + own)
+
+
+def test_a_page_faults_own_data_is_for_page_faults_and_has_a_limit():
+    with pytest.raises(ValueError, match="hypercall event is no page fault"):
+        encode_reply(Event(1, body(EventId.HYPERCALL)), page_fault=PageFaultReply())
+    with pytest.raises(ValueError, match="257 bytes of context are more than the 256"):
+        encode_reply(Event(1, body(EventId.PF, PAGE_FAULT)), page_fault=PageFaultReply(0, bytes(257)))
 
 
 def test_unhook_has_no_reply():

@@ -3,7 +3,17 @@
 
 import pytest
 
-from kvmi_host.protocol import Command, CommandError, Connection, Event, ProtocolError, Registers, messages
+from kvmi_host.protocol import (
+    Access,
+    Command,
+    CommandError,
+    Connection,
+    Event,
+    MemoryType,
+    ProtocolError,
+    Registers,
+    messages,
+)
 from kvmi_host.protocol.connection import Answer
 
 REGISTERS = Registers(*range(1, 19))
@@ -20,6 +30,22 @@ REQUESTS = [
     (messages.control_events(1, 5, True), 9, "0100 0000 00000000  0500 01 00 00000000"),
     (messages.control_events(1, 5, False), 9, "0100 0000 00000000  0500 00 00 00000000"),
     (messages.control_cr(0, 3, True), 10, "0000 0000 00000000  01 00 0000 03000000"),
+    (messages.control_msr(1, 0xC0000082, True), 11, "0100 0000 00000000  01 00 0000 820000c0"),
+    (messages.control_msr(1, 0x174, False), 11, "0100 0000 00000000  00 00 0000 74010000"),
+    (messages.cpuid(2, 0xD, 1), 15, "0200 0000 00000000  0d000000 01000000"),
+    (messages.xsave(2), 16, "0200 0000 00000000"),
+    (messages.inject_exception(0, 6), 19, "0000 0000 00000000  06 00 0000 00000000 0000000000000000"),
+    (messages.inject_exception(1, 13, 0x18), 19, "0100 0000 00000000  0d 01 0000 18000000 0000000000000000"),
+    (messages.inject_exception(1, 17, 0), 19, "0100 0000 00000000  11 01 0000 00000000 0000000000000000"),
+    (messages.inject_exception(1, 14, 2, 0x1234), 19, "0100 0000 00000000  0e 01 0000 02000000 3412000000000000"),
+    (messages.page_access([]), 20, "0000 0000 00000000"),
+    (messages.page_access([0x1000, 0x3000]), 20, "0000 0200 00000000  0010000000000000 0030000000000000"),
+    (
+        messages.set_page_access({0x1000: Access.R | Access.X, 0x3000: Access.NONE}),
+        21,
+        "0000 0200 00000000  0010000000000000 05 00 0000 00000000  0030000000000000 00 00 0000 00000000",
+    ),
+    (messages.mtrr_type(0xA0000), 23, "00000a0000000000"),
     (messages.get_registers(1), 13, "0100 0000 00000000  0000 0000 00000000"),
     (
         messages.get_registers(1, [0x10, 0xC0000080]),
@@ -68,6 +94,16 @@ def test_the_commands_of_a_session_count_from_one():
         (messages.max_gfn(), "ffff0f0000000000", 0xFFFFF),
         (messages.max_gfn(), "ffff0f0000000000 77", 0xFFFFF),
         (messages.control_cr(0, 3, True), "", None),
+        (messages.control_msr(0, 0x174, True), "", None),
+        (messages.cpuid(0, 1), "01000000 02000000 03000000 04000000", (1, 2, 3, 4)),
+        (messages.xsave(0), "ab" * 4096, b"\xab" * 4096),
+        (messages.xsave(0), "ab" * 5000, b"\xab" * 5000),
+        (messages.inject_exception(0, 6), "", None),
+        (messages.page_access([0, 0x1000]), "0705", (Access.ALL, Access.R | Access.X)),
+        (messages.page_access([0]), "00 00000000000000", (Access.NONE,)),
+        (messages.set_page_access({0: 7}), "", None),
+        (messages.mtrr_type(0), "06 00000000000000", MemoryType.WRITE_BACK),
+        (messages.mtrr_type(0), "00 00000000000000", MemoryType.UNCACHEABLE),
         (messages.raw(61, b""), "cafe", b"\xca\xfe"),
     ],
 )
@@ -98,6 +134,10 @@ def test_the_registers_answer_is_mode_regs_sregs_and_msrs():
         (messages.max_gfn(), "", "gfn"),
         (messages.read_physical(0, 4), "000000", "the bytes"),
         (messages.get_registers(0), "0800", "mode"),
+        (messages.cpuid(0, 1), "01000000 02000000 03000000", "edx"),
+        (messages.xsave(0), "ab" * 4095, "region"),
+        (messages.page_access([0, 0x1000]), "07", r"access\[2\]"),
+        (messages.mtrr_type(0), "", "type"),
         (messages.get_registers(0), "08000000 00000000 00", "regs"),
         (messages.get_registers(0), "00" * 200, "sregs"),
         (messages.get_registers(0), "00" * 464, "nmsrs"),
@@ -115,6 +155,20 @@ def test_a_range_that_leaves_its_page_is_refused_before_it_is_sent(gpa, size):
         messages.read_physical(gpa, size)
     with pytest.raises(ValueError, match="within one page"):
         messages.write_physical(gpa, bytes(size))
+
+
+def test_a_memory_type_that_there_is_not_breaks_the_session():
+    with pytest.raises(ProtocolError, match="no memory type 3"):
+        messages.mtrr_type(0).decode(bytes([3]) + bytes(7))
+
+
+def test_a_message_holds_so_many_pages_and_no_more():
+    assert len(messages.page_access([0] * 1022).payload) == 8184
+    assert len(messages.set_page_access(dict.fromkeys(range(511), 7)).payload) == 8184
+    with pytest.raises(ValueError, match="1023 pages do not fit"):
+        messages.page_access([0] * 1023)
+    with pytest.raises(ValueError, match="512 pages do not fit"):
+        messages.set_page_access(dict.fromkeys(range(512), 7))
 
 
 def test_a_vcpu_event_is_not_switched_for_the_vm():

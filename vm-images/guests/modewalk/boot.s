@@ -5,44 +5,20 @@
 
 	.include "contract.inc"
 
-	.equ LAPIC,		0xfee00000
-	.equ LAPIC_EOI,		LAPIC + 0x0b0
-	.equ LAPIC_SVR,		LAPIC + 0x0f0
-	.equ LAPIC_ICR,		LAPIC + 0x300
-	.equ LAPIC_LVT_TIMER,	LAPIC + 0x320
-	.equ LAPIC_TIMER_COUNT,	LAPIC + 0x380
-	.equ LAPIC_TIMER_DIV,	LAPIC + 0x3e0
+	.include "boot.inc"
 
-	.equ LAPIC_ENABLE,	1 << 8
-	.equ LAPIC_DIV_16,	3
-	.equ LAPIC_PERIODIC,	1 << 17
-	.equ INIT_OTHERS,	0x000c4500
-	.equ SIPI_OTHERS,	0x000c4600 | AP_START >> 12
-
-	.equ NAP,		6250000		# 100 ms: KVM's LAPIC timer runs at 1 GHz, here divided by 16
+	.equ NAP,		100 * TICKS_PER_MS
 	.equ AP_NAPS,		50		# 5 s
-
-	.equ FW_CFG_SELECT,	0x510
-	.equ FW_CFG_DATA,	0x511
-	.equ FW_CFG_NB_CPUS,	5
-
-	.equ PIC_MASTER_MASK,	0x21
-	.equ PIC_SLAVE_MASK,	0xa1
-
-	.equ MULTIBOOT,		0x1badb002
 
 	.section .boot, "ax"
 	.code32
-	.balign 4
-	.long MULTIBOOT, 0, -MULTIBOOT
+	multiboot_header
 
 	.globl _start
 _start:
 	cli
 	cld
-	mov $0xff, %al				# the BIOS left the PC's timer running, and its vector is an exception's
-	out %al, $PIC_MASTER_MASK
-	out %al, $PIC_SLAVE_MASK
+	mask_pics
 	mov $low_source, %esi
 	mov $low_start, %edi
 	mov $low_size, %ecx
@@ -51,14 +27,7 @@ _start:
 	ljmp $CODE32, $vcpu_start
 
 	.section .ap_start, "ax"
-	.code16
-	cli
-	xor %ax, %ax
-	mov %ax, %ds
-	lgdtl gdtr
-	mov $CR0_PE | CR0_ET, %eax
-	mov %eax, %cr0
-	ljmpl $CODE32, $vcpu_start
+	ap_start gdtr
 
 	.section .low, "ax"
 	.code32
@@ -69,19 +38,8 @@ vcpu_start:
 	mov %eax, %ss
 	lidt idtr_32
 
-	# AMD and Hygon have VMMCALL, Intel and its kin VMCALL; by the last four letters of their CPUID vendors.
-	xor %eax, %eax
-	cpuid
-	cmp $0x444d4163, %ecx			# Authenti"cAMD"
-	sete %al
-	cmp $0x656e6975, %ecx			# HygonGen"uine"
-	sete %ah
-	or %ah, %al
-	movzbl %al, %edi
-
-	mov $1, %eax
-	cpuid
-	shr $24, %ebx				# the initial APIC id, which is the vCPU's index in KVM
+	detect_vmmcall
+	own_index
 	cmp $MAX_VCPUS, %ebx
 	jae halt
 
@@ -102,9 +60,7 @@ vcpu_start:
 	mov CR3_PAIR(%esi), %eax
 	mov %eax, %cr3
 
-	movl $LAPIC_ENABLE | SPURIOUS, LAPIC_SVR
-	movl $LAPIC_DIV_16, LAPIC_TIMER_DIV
-	movl $TIMER | LAPIC_PERIODIC, LAPIC_LVT_TIMER
+	set_up_lapic
 
 	lock incl ONLINE
 	test %ebx, %ebx
@@ -116,55 +72,25 @@ vcpu_start:
 	call nap
 	jmp 1b
 
-# Start the other vCPUs and wait until they have come up; give up on them after a while.
-start_others:
-	mov $serial_setup, %ebx
-1:	movzwl (%ebx), %edx
-	mov 2(%ebx), %al
-	out %al, (%dx)
-	add $3, %ebx
-	cmp $serial_setup_end, %ebx
-	jb 1b
-
-	movl $INIT_OTHERS, LAPIC_ICR
-	call nap
-	movl $SIPI_OTHERS, LAPIC_ICR
-	call nap
-	movl $SIPI_OTHERS, LAPIC_ICR
-
-	# QEMU tells how many there are. Without its device this reads as all ones, and the wait below runs its time.
-	mov $FW_CFG_SELECT, %edx
-	mov $FW_CFG_NB_CPUS, %eax
-	out %ax, (%dx)
-	mov $FW_CFG_DATA, %edx
-	in (%dx), %al
-	movzbl %al, %ebx
-	cmp $MAX_VCPUS, %ebx
-	jbe 1f
-	mov $MAX_VCPUS, %ebx
-1:	mov $AP_NAPS, %edi
-2:	cmp %ebx, ONLINE
-	jae 3f
-	call nap
-	dec %edi
-	jnz 2b
-3:	mov $line_vcpus, %ebx
+	start_others AP_NAPS, say_vcpus
+say_vcpus:
+	mov $line_vcpus, %ebx
 	jmp say32
 
 # Sleep for 100 ms, the only time that interrupts are on. Every wait but that for the serial port is made of these, so
 # that a guest that nobody watches leaves the host's CPUs alone. The timer goes on until it is stopped: where an exit
 # between STI and HLT loses the interrupt shadow, as in QEMU's emulation of AMD hosts, the interrupt may come before HLT.
 nap:
-	movl $NAP, LAPIC_TIMER_COUNT
+	movl $NAP, LAPIC + LAPIC_TIMER_COUNT
 	sti
 	hlt
 	cli
-	movl $0, LAPIC_TIMER_COUNT
+	movl $0, LAPIC + LAPIC_TIMER_COUNT
 	ret
 
 	.globl timer, spurious
 timer:
-	movl $0, LAPIC_EOI
+	movl $0, LAPIC + LAPIC_EOI
 spurious:
 	iret
 
@@ -211,16 +137,3 @@ line_lap:
 	.byte DECIMAL, INDEX
 	.ascii " lap "
 	.byte DECIMAL, LAPS, END
-
-	.macro port number, value
-	.word \number
-	.byte \value
-	.endm
-serial_setup:
-	port 0x3f9, 0				# no interrupts
-	port 0x3fb, 0x80			# 115200 baud
-	port 0x3f8, 1
-	port 0x3f9, 0
-	port 0x3fb, 3				# 8n1
-	port 0x3fc, 3				# DTR, RTS
-serial_setup_end:

@@ -8,11 +8,8 @@
 	.include "contract.inc"
 
 	.equ HYPERCALL_SIZE,	3
-	# The vectors that come with an error code: 8, 10 to 14, 17, 21, 29, 30.
-	.equ HAVE_ERROR_CODE,	1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21 | 3 << 29
 
 	.equ STUB_SIZE,		4
-	.equ DPL0,		0x8e00		# a present interrupt gate, in long mode a 64-bit one
 	.equ DPL3,		0xee00
 
 	.section .low, "ax"

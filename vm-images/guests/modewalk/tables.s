@@ -28,12 +28,6 @@
 	.balign TSS_SIZE
 	.endr
 
-# A descriptor. `flags` are the bits 8 to 15 (access) and 20 to 23 of its upper half, where they are there.
-	.macro descriptor base, limit, flags
-	.word \limit & 0xffff, \base & 0xffff
-	.long (\base >> 16 & 0xff) | \flags | (\limit & 0xf0000) | (\base & 0xff000000)
-	.endm
-
 	.section .low, "ax"
 	.globl gdt, gdtr
 	.balign 8
@@ -58,10 +52,6 @@ gdtr:
 
 # Two roots of one identity mapping of the first GiB, in pages of 2 MiB. modewalk.ld puts this at an even page, so that
 # the addresses of the two differ in nothing but the bit PAGE_SIZE.
-	.equ PRESENT_WRITABLE,	3
-	.equ LARGE_PAGE,	1 << 7
-	.equ PAGE_2M,		1 << 21
-
 	.section .pages, "aw"
 	.balign PAGE_SIZE
 root:

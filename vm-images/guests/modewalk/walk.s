@@ -8,11 +8,6 @@
 
 	.include "contract.inc"
 
-	.equ COM1,		0x3f8
-	.equ COM1_LSR,		COM1 + 5
-	.equ LSR_THR_EMPTY,	1 << 5
-	.equ DELAY_PORT,	0x80
-
 	.equ HELD_LINE,		512		# iterations for each serial line of a held vCPU
 
 # Two writes that change the register, the second of which restores it.
@@ -87,78 +82,7 @@ write_crs\width:
 	toggle DO_CR0, cr0, CR0_WP, \r
 	ret
 
-# Print "modewalk: ", the text at EBX and a newline, in one piece.
-say\width:
-	mov $serial_lock, %edi
-1:	mov $1, %eax
-	xchg %al, (%edi)
-	test %al, %al
-	jz 2f
-	out %al, $DELAY_PORT
-	jmp 1b
-2:	push %\r\()bx
-	mov $line_start, %ebx
-	call print\width
-	pop %\r\()bx
-	call print\width
-	mov $'\n', %eax
-	call putc\width
-	mov $serial_lock, %edi
-	movb $0, (%edi)
-	ret
-
-print\width:
-	movzbl (%ebx), %eax
-	inc %ebx
-	cmp $END, %eax
-	je 4f
-	cmp $STATION_NAME, %eax
-	je 2f
-	cmp $DECIMAL, %eax
-	je 1f
-	cmp $HEX, %eax
-	je 1f
-	call putc\width
-	jmp print\width
-1:	mov %eax, %edi
-	movsbl (%ebx), %eax
-	inc %ebx
-	add %esi, %eax
-	mov (%eax), %eax
-	call number\width
-	jmp print\width
-2:	push %\r\()bx
-	mov %ebp, %ebx
-	shl $4, %ebx
-	add $station_names, %ebx
-	call print\width
-	pop %\r\()bx
-	jmp print\width
-4:	ret
-
-# EAX to the base in EDI.
-number\width:
-	xor %edx, %edx
-	div %edi
-	push %\r\()dx
-	test %eax, %eax
-	jz 1f
-	call number\width
-1:	pop %\r\()ax
-	add $'0', %al
-	cmp $'9', %al
-	jbe putc\width
-	add $'a' - '9' - 1, %al
-putc\width:
-	mov %eax, %ecx
-	mov $COM1_LSR, %edx
-1:	in (%dx), %al
-	test $LSR_THR_EMPTY, %al
-	jz 1b
-	mov $COM1, %edx
-	mov %ecx, %eax
-	out %al, (%dx)
-	ret
+	serial \width, \r, station_names
 	.endm
 
 	.section .low, "ax"
@@ -167,23 +91,17 @@ putc\width:
 	assemble_for 32, e, ebx
 	assemble_for 64, r, edi
 
-	.balign 4
-serial_lock:
-	.long 0
-
-line_start:
-	.ascii "modewalk: "
-	.byte END
+	serial_data "modewalk: "
 line_station:
 	.ascii "vcpu "
 	.byte DECIMAL, INDEX
 	.ascii " station "
-	.byte STATION_NAME, END
+	.byte NAME, END
 line_held:
 	.ascii "vcpu "
 	.byte DECIMAL, INDEX
 	.ascii " held "
-	.byte STATION_NAME
+	.byte NAME
 	.ascii " "
 	.byte DECIMAL, ITERATIONS, END
 
