@@ -47,6 +47,8 @@ struct kvmi_vcpu_host {
 	/* and its next instruction loads its flags. */
 	bool loads_flags;
 
+	/* The request is to be handled once more after the next exit. */
+	bool again;
 	/* A #BP or #OF is injected where no instruction makes one. */
 	bool no_skip;
 	/* The reply to an event moved rip. */

@@ -10,6 +10,7 @@
 #include <linux/kthread.h>
 #include <linux/module.h>
 #include <linux/sched/signal.h>
+#include <linux/sched/stat.h>
 #include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/uaccess.h>
@@ -21,6 +22,9 @@ MODULE_VERSION(KVMI_MODULE_VERSION);
 static bool introspection;
 module_param(introspection, bool, 0644);
 MODULE_PARM_DESC(introspection, "Let a privileged process introspect VMs");
+
+/* How long a vCPU looks for its reply before it sleeps. */
+#define KVMI_SPIN_NS	(20 * NSEC_PER_USEC)
 
 int kvmi_capability(void)
 {
@@ -276,6 +280,7 @@ static int kvmi_hook(struct kvm *kvm, const void __user *argp)
 	kvmi = kvmi_alloc(kvm, &hook);
 	if (IS_ERR(kvmi))
 		return PTR_ERR(kvmi);
+	kvmi_arch_use();
 
 	err = kvmi_lock_unhooked(kvm);
 	if (err)
@@ -445,12 +450,14 @@ bool kvmi_event_on(struct kvmi *kvmi, struct kvmi_vcpu *iv, unsigned int id)
 int kvmi_add_job(struct kvmi *kvmi, struct kvm_vcpu *vcpu, struct kvmi_job *job)
 {
 	struct kvmi_vcpu *iv = kvmi_vcpu_state(kvmi, vcpu);
+	bool waiting;
 	int err = 0;
 
 	if (!iv)
 		return -ENOMEM;
 
 	spin_lock(&iv->lock);
+	waiting = READ_ONCE(iv->waiting);
 	if (iv->njobs < KVMI_MAX_JOBS) {
 		list_add_tail(&job->link, &iv->jobs);
 		iv->njobs++;
@@ -459,11 +466,13 @@ int kvmi_add_job(struct kvmi *kvmi, struct kvm_vcpu *vcpu, struct kvmi_job *job)
 	}
 	spin_unlock(&iv->lock);
 
-	if (!err) {
-		wake_up(&iv->wq);
+	if (err)
+		return err;
+	wake_up(&iv->wq);
+	/* One that waits for its reply comes to the job by itself. */
+	if (!waiting)
 		kvmi_kick(vcpu, false);
-	}
-	return err;
+	return 0;
 }
 
 static struct kvmi_job *kvmi_next_job(struct kvmi_vcpu *iv)
@@ -530,14 +539,42 @@ static bool kvmi_run_next_job(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 	return true;
 }
 
-/*
- * Serves the vCPU's commands until its reply is there. Returns 0 for a valid
- * reply. What is queued behind the reply is left to kvmi_handle_request().
- */
+void kvmi_begin_wait(struct kvmi_vcpu *iv)
+{
+	spin_lock(&iv->lock);
+	iv->waiting = true;
+	spin_unlock(&iv->lock);
+}
+
+/* What is queued behind the reply is left to kvmi_handle_request(). */
+void kvmi_end_wait(struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu)
+{
+	spin_lock(&iv->lock);
+	iv->waiting = false;
+	if (!list_empty(&iv->jobs))
+		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
+	spin_unlock(&iv->lock);
+}
+
+/* An introspector on another CPU may be faster than a sleep takes. */
+static void kvmi_spin(struct kvmi *kvmi, struct kvmi_vcpu *iv)
+{
+	ktime_t now = ktime_get(), stop = ktime_add_ns(now, KVMI_SPIN_NS);
+
+	while (list_empty_careful(&iv->jobs) && !READ_ONCE(kvmi->ended) &&
+	       single_task_running() && !need_resched() &&
+	       ktime_before(now, stop)) {
+		cpu_relax();
+		now = ktime_get();
+	}
+}
+
+/* Serves the vCPU's commands until its reply is there; 0: a valid one. */
 int kvmi_wait_for_reply(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 			struct kvm_vcpu *vcpu)
 {
 	while (iv->waiting) {
+		kvmi_spin(kvmi, iv);
 		if (wait_event_killable(iv->wq,
 					!list_empty_careful(&iv->jobs) ||
 					READ_ONCE(kvmi->ended)))
@@ -583,7 +620,7 @@ static bool kvmi_serve(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 		return true;
 	}
 
-	if (iv->inject && kvmi_in_view(vcpu)) {
+	if (iv->inject && kvmi_can_inject(vcpu)) {
 		kvmi_inject(kvmi, iv, vcpu);
 		return true;
 	}

@@ -74,9 +74,14 @@ struct kvmi {
 	/* The vCPU that makes an access by itself while all others stand. */
 	struct kvm_vcpu *stepper;
 
-	/* Of the receiving thread alone. */
+	/*
+	 * Of the receiving thread alone. It reads what there is, which may be
+	 * more than a message: @received bytes from @msg on.
+	 */
 	bool answers_off;
+	size_t received;
 	u8 msg[sizeof(struct kvmi_msg_hdr) + KVMI_MSG_SIZE] __aligned(8);
+	u8 page[PAGE_SIZE];
 };
 
 /* A message for a vCPU, on its way to the vCPU's thread. */
@@ -100,17 +105,17 @@ struct kvmi_vcpu_reply {
 };
 
 struct kvmi_vcpu {
-	/* Protects jobs, njobs and pauses. */
+	/* Protects jobs, njobs, pauses and waiting. */
 	spinlock_t lock;
 	struct list_head jobs;
 	unsigned int njobs;
 	unsigned int pauses;
+	bool waiting;		/* for a reply: written by its own thread */
 
 	/* The vCPU's thread sleeps here while it waits for a reply. */
 	wait_queue_head_t wq;
 
 	/* Of the vCPU's thread alone, from here on. */
-	bool waiting;
 	struct kvmi_vcpu_reply reply;
 	bool begun;			/* nothing is left of an earlier session */
 	bool announced;			/* CREATE_VCPU has been sent */
@@ -141,6 +146,8 @@ int kvmi_add_job(struct kvmi *kvmi, struct kvm_vcpu *vcpu,
 int kvmi_add_pause(struct kvmi *kvmi, struct kvm_vcpu *vcpu, bool wait);
 void kvmi_kick_all(struct kvmi *kvmi);
 bool kvmi_event_on(struct kvmi *kvmi, struct kvmi_vcpu *iv, unsigned int id);
+void kvmi_begin_wait(struct kvmi_vcpu *iv);
+void kvmi_end_wait(struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu);
 int kvmi_wait_for_reply(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 			struct kvm_vcpu *vcpu);
 
@@ -159,6 +166,7 @@ bool kvmi_command_changes_guest(unsigned int id);
 bool kvmi_event_served(unsigned int id);
 
 /* arch/x86/kvm/kvmi.c */
+void kvmi_arch_use(void);
 bool kvmi_in_view(struct kvm_vcpu *vcpu);
 void kvmi_arch_fill_event(struct kvm_vcpu *vcpu, struct kvmi_event_arch *ev);
 void kvmi_arch_set_regs(struct kvm_vcpu *vcpu, const struct kvm_regs *regs);
@@ -182,6 +190,7 @@ int kvmi_arch_mtrr_type(struct kvm *kvm, gpa_t gpa, u8 *type);
 /* arch/x86/kvm/kvmi_events.c */
 int kvmi_exit_event(struct kvm_vcpu *vcpu, unsigned int id, const void *data,
 		    size_t size, const struct kvmi_vcpu_reply *expect);
+bool kvmi_can_inject(struct kvm_vcpu *vcpu);
 void kvmi_inject(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 		 struct kvm_vcpu *vcpu);
 

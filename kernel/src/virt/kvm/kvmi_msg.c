@@ -26,16 +26,22 @@
 
 /* ---- the socket ---- */
 
-static int kvmi_sock_read(struct kvmi *kvmi, void *buf, size_t size)
+/* Reads until there are @size bytes at least, which the buffer has room for. */
+static bool kvmi_sock_read(struct kvmi *kvmi, size_t size)
 {
-	struct kvec vec = { .iov_base = buf, .iov_len = size };
 	struct msghdr msg = {};
+	struct kvec vec;
 	int got;
 
-	got = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, size, MSG_WAITALL);
-	if (got < 0)
-		return got;
-	return got == size ? 0 : -EPIPE;
+	while (kvmi->received < size) {
+		vec.iov_base = kvmi->msg + kvmi->received;
+		vec.iov_len = sizeof(kvmi->msg) - kvmi->received;
+		got = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, vec.iov_len, 0);
+		if (got <= 0)
+			return false;
+		kvmi->received += got;
+	}
+	return true;
 }
 
 /* Called under @send_lock. Only a fatal signal breaks a message off. */
@@ -261,20 +267,16 @@ static bool kvmi_within_page(u64 gpa, u64 size)
 static int kvmi_read_physical(const struct kvmi_ctx *ctx, const void *payload,
 			      size_t size)
 {
-	const struct kvmi_read_physical cmd =
-		*(const struct kvmi_read_physical *)payload;
-	struct kvmi_msg_hdr hdr = *ctx->hdr;
-	struct kvmi_ctx own = *ctx;
-	void *page = ctx->kvmi->msg;
+	const struct kvmi_read_physical *cmd = payload;
+	void *page = ctx->kvmi->page;
 	int err;
 
-	if (!kvmi_within_page(cmd.gpa, cmd.size))
+	if (!kvmi_within_page(cmd->gpa, cmd->size))
 		return -EINVAL;
 
-	/* The message has been read: its buffer is free for the page. */
-	own.hdr = &hdr;
-	err = kvmi_access_guest(ctx->kvmi->kvm, cmd.gpa, page, NULL, cmd.size);
-	return kvmi_answer(&own, err, page, cmd.size);
+	err = kvmi_access_guest(ctx->kvmi->kvm, cmd->gpa, page, NULL,
+				cmd->size);
+	return kvmi_answer(ctx, err, page, cmd->size);
 }
 
 static int kvmi_write_physical(const struct kvmi_ctx *ctx, const void *payload,
@@ -713,25 +715,29 @@ static int kvmi_dispatch(struct kvmi *kvmi, const struct kvmi_msg_hdr *hdr,
 bool kvmi_receive(struct kvmi *kvmi)
 {
 	struct kvmi_msg_hdr *hdr = (struct kvmi_msg_hdr *)kvmi->msg;
+	size_t size;
 	int err;
 
 	/* The end of a stream is no news. */
-	if (kvmi_sock_read(kvmi, hdr, sizeof(*hdr)))
+	if (!kvmi_sock_read(kvmi, sizeof(*hdr)))
 		return false;
 
+	size = sizeof(*hdr) + hdr->size;
 	if (hdr->size > KVMI_MSG_SIZE)
 		err = -EMSGSIZE;
-	else if (hdr->size)
-		err = kvmi_sock_read(kvmi, hdr + 1, hdr->size);
+	else if (!kvmi_sock_read(kvmi, size))
+		err = -EPIPE;
 	else
-		err = 0;
-	if (!err)
 		err = kvmi_dispatch(kvmi, hdr, hdr + 1);
 
-	if (err)
+	if (err) {
 		kvmi_warn(kvmi, "session ends: message id %u, size %u: %d\n",
 			  hdr->id, hdr->size, err);
-	return !err;
+		return false;
+	}
+	kvmi->received -= size;
+	memmove(kvmi->msg, kvmi->msg + size, kvmi->received);
+	return true;
 }
 
 /* ---- events and their replies ---- */
@@ -793,7 +799,7 @@ static int kvmi_handle_reply(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 			  job->hdr.seq, job->hdr.size, err);
 
 	iv->reply.error = err;
-	iv->waiting = false;
+	WRITE_ONCE(iv->waiting, false);
 	return err;
 }
 
@@ -862,7 +868,7 @@ int kvmi_event(struct kvmi *kvmi, struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu,
 	kvmi_arch_fill_event(vcpu, &common.arch);
 	iv->reply = *expect;
 	iv->have_regs = false;
-	iv->waiting = true;
+	kvmi_begin_wait(iv);
 
 	err = kvmi_send_event(kvmi, &common, data, size, &iv->reply.seq);
 	if (err)
@@ -870,7 +876,7 @@ int kvmi_event(struct kvmi *kvmi, struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu,
 	else
 		err = kvmi_wait_for_reply(kvmi, iv, vcpu);
 
-	iv->waiting = false;
+	kvmi_end_wait(iv, vcpu);
 	if (err)
 		return err;
 

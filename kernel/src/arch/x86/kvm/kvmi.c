@@ -12,6 +12,15 @@
 #include "x86.h"
 #include "../../../virt/kvm/kvmi_int.h"
 
+DEFINE_STATIC_KEY_FALSE(kvmi_used);
+EXPORT_SYMBOL_GPL(kvmi_used);
+
+/* Called before a VM is hooked. */
+void kvmi_arch_use(void)
+{
+	static_branch_enable(&kvmi_used);
+}
+
 /* Set once, by the vendor's module. */
 unsigned long kvmi_events_not_served __read_mostly;
 EXPORT_SYMBOL_GPL(kvmi_events_not_served);

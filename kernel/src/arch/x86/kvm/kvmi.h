@@ -2,13 +2,18 @@
 /*
  * KVM introspection: the hooks in x86 code.
  *
- * A hook costs an un-hooked VM one load and one branch.
+ * Until the first VM of the host is hooked, a hook is a no-op instruction; after
+ * that, it costs an un-hooked VM one load and one branch.
  */
 #ifndef __KVM_X86_KVMI_H
 #define __KVM_X86_KVMI_H
 
+#include <linux/jump_label.h>
 #include <linux/kvm_host.h>
 #include <uapi/linux/kvmi.h>
+
+/* Some VM is hooked, or was. */
+DECLARE_STATIC_KEY_FALSE(kvmi_used);
 
 struct operand;
 struct x86_emulate_ctxt;
@@ -18,9 +23,9 @@ extern unsigned long kvmi_events_not_served;
 extern bool kvmi_steps_by_tf;
 
 /* kvmi_events.c */
-void __kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
-		     unsigned long old_value, unsigned long *new_value);
-void __kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr, u64 *new_value);
+unsigned long __kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
+			      unsigned long old_value, unsigned long new_value);
+u64 __kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr, u64 new_value);
 void __kvmi_xsetbv(struct kvm_vcpu *vcpu, u32 index, u64 value);
 bool __kvmi_hypercall(struct kvm_vcpu *vcpu);
 int kvmi_breakpoint(struct kvm_vcpu *vcpu, u8 insn_len);
@@ -43,18 +48,21 @@ bool __kvmi_custom_read(struct kvm_vcpu *vcpu, gva_t gva, void *val,
 
 static inline bool kvmi_hooked(struct kvm *kvm)
 {
-	return unlikely(rcu_access_pointer(kvm->kvmi.session));
+	return static_branch_unlikely(&kvmi_used) &&
+	       unlikely(rcu_access_pointer(kvm->kvmi.session));
 }
 
 static inline bool kvmi_wants(struct kvm_vcpu *vcpu, unsigned int event)
 {
-	return unlikely(vcpu->kvmi.events & BIT(event));
+	return static_branch_unlikely(&kvmi_used) &&
+	       unlikely(vcpu->kvmi.events & BIT(event));
 }
 
 /* Must writes to CR @cr exit for the introspector's sake? */
 static inline bool kvmi_wants_cr(struct kvm_vcpu *vcpu, unsigned int cr)
 {
-	return unlikely(vcpu->kvmi.cr_writes & BIT(cr));
+	return static_branch_unlikely(&kvmi_used) &&
+	       unlikely(vcpu->kvmi.cr_writes & BIT(cr));
 }
 
 #define KVMI_MSRS_IN_RANGE	0x2000
@@ -72,27 +80,32 @@ static inline unsigned int kvmi_msr_index(u32 msr)
 
 static inline bool kvmi_wants_msr(struct kvm_vcpu *vcpu, u32 msr)
 {
-	unsigned int index = kvmi_msr_index(msr);
+	unsigned int index;
 
-	return unlikely(vcpu->kvmi.msr_writes) && index < KVMI_NUM_MSRS &&
-	       test_bit(index, vcpu->kvmi.msr_writes);
+	if (!static_branch_unlikely(&kvmi_used) ||
+	    likely(!vcpu->kvmi.msr_writes))
+		return false;
+	index = kvmi_msr_index(msr);
+	return index < KVMI_NUM_MSRS && test_bit(index, vcpu->kvmi.msr_writes);
 }
 
-/* The guest is about to change a control register: the value may be replaced. */
-static inline void kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
-				 unsigned long old_value,
-				 unsigned long *new_value)
+/* The guest is about to write to a control register; returns what it gets. */
+static inline unsigned long kvmi_cr_write(struct kvm_vcpu *vcpu,
+					  unsigned int cr,
+					  unsigned long old_value,
+					  unsigned long new_value)
 {
 	if (kvmi_wants_cr(vcpu, cr))
-		__kvmi_cr_write(vcpu, cr, old_value, new_value);
+		return __kvmi_cr_write(vcpu, cr, old_value, new_value);
+	return new_value;
 }
 
 /* The same for an MSR. */
-static inline void kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr,
-				  u64 *new_value)
+static inline u64 kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr, u64 new_value)
 {
 	if (kvmi_wants_msr(vcpu, msr))
-		__kvmi_msr_write(vcpu, msr, new_value);
+		return __kvmi_msr_write(vcpu, msr, new_value);
+	return new_value;
 }
 
 /* The guest is about to write to an extended control register. */
@@ -108,23 +121,47 @@ static inline bool kvmi_hypercall(struct kvm_vcpu *vcpu)
 	return kvmi_wants(vcpu, KVMI_EVENT_HYPERCALL) && __kvmi_hypercall(vcpu);
 }
 
+/* Between two entries into the guest: has the introspector a wish? */
+static inline void kvmi_check_request(struct kvm_vcpu *vcpu)
+{
+	if (!static_branch_unlikely(&kvmi_used))
+		return;
+	if (kvm_check_request(KVM_REQ_INTROSPECTION, vcpu))
+		kvmi_handle_request(vcpu);
+	else if (unlikely(vcpu->kvmi.again)) {
+		vcpu->kvmi.again = false;
+		kvmi_handle_request(vcpu);
+	}
+}
+
+static inline bool kvmi_steps(struct kvm_vcpu *vcpu)
+{
+	return static_branch_unlikely(&kvmi_used) && unlikely(vcpu->kvmi.step);
+}
+
 /* KVM has completed an instruction of the guest by itself. */
 static inline void kvmi_stepped(struct kvm_vcpu *vcpu)
 {
-	if (unlikely(vcpu->kvmi.step))
+	if (kvmi_steps(vcpu))
 		__kvmi_stepped(vcpu);
 }
 
 /* Must KVM emulate the next instruction, for a step that nobody sees? */
 static inline bool kvmi_emulates_step(struct kvm_vcpu *vcpu)
 {
-	return unlikely(vcpu->kvmi.step) && __kvmi_emulates_step(vcpu);
+	return kvmi_steps(vcpu) && __kvmi_emulates_step(vcpu);
+}
+
+/* Is the access of a PF event being emulated? */
+static inline bool kvmi_emulates_access(struct kvm_vcpu *vcpu)
+{
+	return static_branch_unlikely(&kvmi_used) && unlikely(vcpu->kvmi.pf);
 }
 
 /* Returns true if the guest will do by itself what could not be emulated. */
 static inline bool kvmi_emulation_failed(struct kvm_vcpu *vcpu)
 {
-	return unlikely(vcpu->kvmi.pf) && __kvmi_emulation_failed(vcpu);
+	return kvmi_emulates_access(vcpu) && __kvmi_emulation_failed(vcpu);
 }
 
 /*
@@ -165,14 +202,14 @@ static inline bool kvmi_emulated_access(struct kvm_vcpu *vcpu, gva_t gva,
 static inline bool kvmi_custom_read(struct kvm_vcpu *vcpu, gva_t gva, void *val,
 				    unsigned int bytes)
 {
-	return unlikely(vcpu->kvmi.pf) &&
+	return kvmi_emulates_access(vcpu) &&
 	       __kvmi_custom_read(vcpu, gva, val, bytes);
 }
 
 /* What could not be changed while the guest's own guest ran is changed now. */
 static inline void kvmi_leave_guest_mode(struct kvm_vcpu *vcpu)
 {
-	if (kvmi_hooked(vcpu->kvm) || unlikely(vcpu->kvmi.events))
+	if (static_branch_unlikely(&kvmi_used))
 		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
 }
 

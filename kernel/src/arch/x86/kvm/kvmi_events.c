@@ -59,13 +59,13 @@ int kvmi_exit_event(struct kvm_vcpu *vcpu, unsigned int id, const void *data,
 	return ret;
 }
 
-void __kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
-		     unsigned long old_value, unsigned long *new_value)
+unsigned long __kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
+			      unsigned long old_value, unsigned long new_value)
 {
 	struct kvmi_event_cr ev = {
 		.cr = cr,
 		.old_value = old_value,
-		.new_value = *new_value,
+		.new_value = new_value,
 	};
 	struct kvmi_event_cr_reply rpl;
 	const struct kvmi_vcpu_reply expect = {
@@ -84,14 +84,15 @@ void __kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
 	if (ev.new_value != ev.old_value &&
 	    kvmi_exit_event(vcpu, KVMI_EVENT_CR, &ev, sizeof(ev), &expect) >= 0 &&
 	    rpl.new_val != ev.new_value)
-		*new_value = rpl.new_val;
+		return rpl.new_val;
+	return new_value;
 }
 
-void __kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr, u64 *new_value)
+u64 __kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr, u64 new_value)
 {
 	struct kvmi_event_msr ev = {
 		.msr = msr,
-		.new_value = *new_value,
+		.new_value = new_value,
 	};
 	struct kvmi_event_msr_reply rpl;
 	const struct kvmi_vcpu_reply expect = {
@@ -107,7 +108,8 @@ void __kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr, u64 *new_value)
 
 	if (ev.new_value != ev.old_value &&
 	    kvmi_exit_event(vcpu, KVMI_EVENT_MSR, &ev, sizeof(ev), &expect) >= 0)
-		*new_value = rpl.new_val;
+		return rpl.new_val;
+	return new_value;
 }
 
 void __kvmi_xsetbv(struct kvm_vcpu *vcpu, u32 index, u64 value)
@@ -225,6 +227,18 @@ int kvmi_descriptor(struct kvm_vcpu *vcpu, u8 descriptor, bool write)
 	return kvm_emulate_instruction(vcpu, 0);
 }
 EXPORT_SYMBOL_GPL(kvmi_descriptor);
+
+/* What is on its way into the guest already must not be overtaken. */
+bool kvmi_can_inject(struct kvm_vcpu *vcpu)
+{
+	if (!kvmi_in_view(vcpu))
+		return false;
+	if (vcpu->arch.interrupt.injected || vcpu->arch.nmi_injected) {
+		vcpu->kvmi.again = true;
+		return false;
+	}
+	return true;
+}
 
 /*
  * INJECT_EXCEPTION: tells what will really be injected, and does it. What the

@@ -100,8 +100,9 @@ int svm_kvmi_descriptor(struct kvm_vcpu *vcpu)
  * store them, too: the guest is stopped before it does anything after one.
  * Returns true if that is so.
  */
-bool svm_kvmi_begin_step(struct vcpu_svm *svm, struct svm_kvmi_step *step)
+bool svm_kvmi_begin_step(struct vcpu_svm *svm)
 {
+	struct svm_kvmi_step *step = &svm->kvmi_step;
 	u32 *intercepts = svm->vmcb->control.intercepts;
 	struct kvm_vcpu *vcpu = &svm->vcpu;
 
@@ -128,8 +129,9 @@ bool svm_kvmi_begin_step(struct vcpu_svm *svm, struct svm_kvmi_step *step)
 	return false;
 }
 
-void svm_kvmi_end_step(struct vcpu_svm *svm, const struct svm_kvmi_step *step)
+void svm_kvmi_end_step(struct vcpu_svm *svm)
 {
+	const struct svm_kvmi_step *step = &svm->kvmi_step;
 	u32 *intercepts = svm->vmcb->control.intercepts;
 	struct kvm_vcpu *vcpu = &svm->vcpu;
 
