@@ -47,7 +47,7 @@ LABEL lab
   APPEND {_KERNEL_ARGUMENTS}
 """
 
-# ips is how many instructions make a second there, and the TSC's frequency: Bochs does about 50 million in a second of
+# ips is how many instructions make a second there, and the TSC's frequency: Bochs does some 40 million in a second of
 # ours, but no CPU with VMX was so slow. The display cannot be left out; this one opens a port, which is why Bochs has a
 # network namespace of its own.
 _BOCHSRC = """config_interface: textconfig

@@ -12,7 +12,7 @@
 #include "x86.h"
 #include "../../../virt/kvm/kvmi_int.h"
 
-DEFINE_STATIC_KEY_FALSE(kvmi_used);
+struct static_key_false kvmi_used = STATIC_KEY_FALSE_INIT;
 EXPORT_SYMBOL_GPL(kvmi_used);
 
 /* Called before a VM is hooked. */

@@ -126,12 +126,9 @@ static inline void kvmi_check_request(struct kvm_vcpu *vcpu)
 {
 	if (!static_branch_unlikely(&kvmi_used))
 		return;
-	if (kvm_check_request(KVM_REQ_INTROSPECTION, vcpu))
+	if (kvm_check_request(KVM_REQ_INTROSPECTION, vcpu) ||
+	    unlikely(vcpu->kvmi.again))
 		kvmi_handle_request(vcpu);
-	else if (unlikely(vcpu->kvmi.again)) {
-		vcpu->kvmi.again = false;
-		kvmi_handle_request(vcpu);
-	}
 }
 
 static inline bool kvmi_steps(struct kvm_vcpu *vcpu)
