@@ -180,6 +180,7 @@ class Puppet:
             while (event := self.session.next_event(0)) is not None:
                 events.append(event)
                 (answer or self.session.reply)(event)
+                self._check(deadline, vcpu)
             if (result := self.result(vcpu)) is not None:
                 return events, result
             self._check(deadline, vcpu)
