@@ -35,7 +35,7 @@ MAILBOXES = 0x10000
 """One page for each vCPU."""
 STACKS = 0x20000
 TICK = 0x20
-"""Vector of the timer, every 10 ms."""
+"""Vector of the timer."""
 SOFTWARE_INTERRUPT = 0x30
 """Vector of the snippet ``int_n``."""
 MARK = 0x600D
