@@ -35,7 +35,7 @@ MAILBOXES = 0x10000
 """One page for each vCPU."""
 STACKS = 0x20000
 TICK = 0x20
-"""Vector of the timer, every 10 ms."""
+"""Vector of the timer."""
 SOFTWARE_INTERRUPT = 0x30
 """Vector of the snippet ``int_n``."""
 MARK = 0x600D
@@ -180,6 +180,7 @@ class Puppet:
             while (event := self.session.next_event(0)) is not None:
                 events.append(event)
                 (answer or self.session.reply)(event)
+                self._check(deadline, vcpu)
             if (result := self.result(vcpu)) is not None:
                 return events, result
             self._check(deadline, vcpu)

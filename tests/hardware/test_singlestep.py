@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import Event, EventId
 from kvmi_host.testing.live import LiveGuest
-from kvmi_host.testing.puppet import DATA_SELECTOR, STEPS, TICK, Puppet, Result, address, page
+from kvmi_host.testing.puppet import DATA_SELECTOR, SOFTWARE_INTERRUPT, STEPS, TICK, Puppet, Result, address, page
 
 pytestmark = pytest.mark.hardware
 
@@ -18,26 +19,33 @@ RFLAGS_TF = 1 << 8
 DB, BP = 1, 3
 
 
-def stepped(puppet: Puppet, snippet: str, **registers: int) -> tuple[list[Event], Result]:
-    """Step through a snippet, and a little before and after it.
-
-    :return: the steps, and what came of it.
-    """
+def begin(puppet: Puppet, snippet: str, **registers: int) -> None:
+    """Switch the steps on where a snippet is about to begin."""
     session = puppet.session
     session.control_events(0, EventId.HYPERCALL, True)
-    puppet.start(0, "between", r14=address(snippet), **registers)
-    begin = puppet.event()
-    session.control_events(0, EventId.SINGLESTEP, True)
-    session.reply(begin)
-    steps = []
-    while (event := puppet.event()).event == EventId.SINGLESTEP:
-        steps.append(event)
-        session.reply(event)
-    assert event.event == EventId.HYPERCALL
-    session.control_events(0, EventId.SINGLESTEP, False)
+    puppet.start(0, "announced", r14=address(snippet), **registers)
+    announced = puppet.event()
     session.control_events(0, EventId.HYPERCALL, False)
-    session.reply(event)
-    return steps, puppet.finish(0)
+    session.control_events(0, EventId.SINGLESTEP, True)
+    session.reply(announced)
+
+
+def stepped(
+    puppet: Puppet, snippet: str, answer: Callable[[Event], None] | None = None, **registers: int
+) -> tuple[list[Event], Result]:
+    """Step through a snippet.
+
+    :param answer: what replies to an event; by default each is answered CONTINUE.
+    :return: its events and some before it, and what came of it.
+    """
+    begin(puppet, snippet, **registers)
+    events = []
+    while (event := puppet.event()).rip != address("finish"):
+        events.append(event)
+        (answer or puppet.session.reply)(event)
+    puppet.session.control_events(0, EventId.SINGLESTEP, False)
+    puppet.session.reply(event)
+    return events, puppet.finish(0)
 
 
 def step_through(puppet: Puppet, snippet: str, size: int, **registers: int) -> tuple[list[int], Result]:
@@ -46,8 +54,13 @@ def step_through(puppet: Puppet, snippet: str, size: int, **registers: int) -> t
     :return: where in it the steps have led to, its RET included, and what came of it.
     """
     steps, result = stepped(puppet, snippet, **registers)
-    offsets = [event.rip - address(snippet) for event in steps]
-    return [offset for offset in offsets if 0 <= offset <= size], result
+    within = range(address(snippet), address(snippet) + size + 1)
+    offsets: list[int] = []
+    for before, event in pairwise(steps):
+        # Back from the handler of an interrupt is no step of the snippet's own.
+        if event.rip in within and (before.rip in within or not offsets):
+            offsets.append(event.rip - within.start)
+    return offsets, result
 
 
 def test_each_instruction_is_one_event(puppet: Puppet) -> None:
@@ -72,16 +85,14 @@ def test_the_guest_does_not_see_the_trap_flag(puppet: Puppet) -> None:
 
 
 def test_neither_does_the_introspector(puppet: Puppet) -> None:
-    puppet.session.control_events(0, EventId.SINGLESTEP, True)
-    puppet.start(0, "nops")
     flags = set()
-    for _ in range(20):
-        event = puppet.event()
-        flags |= {event.registers.rflags & RFLAGS_TF, puppet.session.get_registers(0).registers.rflags & RFLAGS_TF}
+
+    def look(event: Event) -> None:
+        flags.update({event.registers.rflags, puppet.session.get_registers(0).registers.rflags})
         puppet.session.reply(event)
-    puppet.session.control_events(0, EventId.SINGLESTEP, False)
-    puppet.watch_on(0)
-    assert flags == {0}
+
+    stepped(puppet, "nops", look)
+    assert not any(value & RFLAGS_TF for value in flags)
 
 
 def test_a_guest_that_steps_itself_gets_its_own_traps(puppet: Puppet) -> None:
@@ -136,54 +147,46 @@ def test_an_instruction_that_leaves_the_guest_is_one_step(
     assert result.exceptions == 0
 
 
-@pytest.mark.parametrize(("snippet", "vector"), [("int3", BP), ("ud2", 6), ("int_n", 0x30)])
+@pytest.mark.parametrize(("snippet", "vector"), [("int3", BP), ("ud2", 6), ("int_n", SOFTWARE_INTERRUPT)])
 def test_an_exception_is_delivered_and_stepped_into(puppet: Puppet, snippet: str, vector: int) -> None:
-    puppet.session.control_events(0, EventId.SINGLESTEP, True)
-    events, result = puppet.watch(0, snippet)
-    puppet.session.control_events(0, EventId.SINGLESTEP, False)
-    assert result.counts[vector] == 1
-    assert result.counts[DB] == 0
-    rips = [event.rip for event in events]
+    events, result = stepped(puppet, snippet)
+    assert (result.counts[vector], result.counts[DB]) == (1, 0)
     stub = address("stubs") + 16 * vector
-    assert any(stub <= rip < stub + 16 for rip in rips)
+    assert any(stub <= event.rip < stub + 16 for event in events)
 
 
-def test_the_timer_is_not_lost(puppet: Puppet) -> None:
-    puppet.session.control_events(0, EventId.SINGLESTEP, True)
-    events, result = puppet.watch(0, "loop_nop", r15=100)
-    puppet.session.control_events(0, EventId.SINGLESTEP, False)
-    assert len(events) >= 400
+def test_the_timer_goes_on(puppet: Puppet) -> None:
+    events, result = stepped(puppet, "loop_nop", r15=50)
+    assert len(events) >= 50 * 6
     assert result.counts[DB] == 0
     assert puppet.run(0, "hlt").counts[TICK] >= 1
 
 
-def test_other_events_come_in_between(puppet: Puppet) -> None:
-    session = puppet.session
-    for event in (EventId.SINGLESTEP, EventId.BREAKPOINT, EventId.CR):
-        session.control_events(0, event, True)
-    session.control_cr(0, 3, True)
-    events, result = puppet.watch(0, "int3")
+def test_a_breakpoint_comes_in_between(puppet: Puppet) -> None:
+    puppet.session.control_events(0, EventId.BREAKPOINT, True)
+    events, result = stepped(puppet, "int3")
     assert [event.rip for event in events if event.event == EventId.BREAKPOINT] == [address("int3")]
-    assert result.counts[BP] == 1
-    events, _ = puppet.watch(0, "mov_to_cr3", rax=address("other_root"))
-    assert [event.rip for event in events if event.event == EventId.CR] == [address("mov_to_cr3")]
-    events, _ = puppet.watch(0, "mov_to_cr3", rax=address("root"))
-    rips = [event.rip for event in events if event.event == EventId.SINGLESTEP]
-    assert address("mov_to_cr3") + 3 in rips
-    session.control_events(0, EventId.SINGLESTEP, False)
+    assert (result.counts[BP], result.counts[DB]) == (1, 0)
+
+
+def test_a_write_of_a_control_register_comes_in_between(puppet: Puppet) -> None:
+    puppet.session.control_events(0, EventId.CR, True)
+    puppet.session.control_cr(0, 3, True)
+    for root in ("other_root", "root"):
+        events, _ = stepped(puppet, "mov_to_cr3", rax=address(root))
+        (write,) = [number for number, event in enumerate(events) if event.event == EventId.CR]
+        assert events[write].rip == address("mov_to_cr3")
+        assert events[write + 1].rip == address("mov_to_cr3") + 3
 
 
 def test_set_registers_moves_a_stepped_vcpu(puppet: Puppet) -> None:
     def turn(event: Event) -> None:
-        if event.event == EventId.SINGLESTEP and event.rip == address("nops") + 3:
+        if event.rip == address("nops") + 3:
             puppet.session.set_registers(0, event.registers._replace(rip=address("nops") + 8, rbx=7))
         puppet.session.reply(event)
 
-    puppet.session.control_events(0, EventId.SINGLESTEP, True)
-    events, result = puppet.watch(0, "nops", turn)
-    puppet.session.control_events(0, EventId.SINGLESTEP, False)
-    offsets = [event.rip - address("nops") for event in events]
-    assert [offset for offset in offsets if 0 <= offset <= 8] == [0, 1, 2, 3]
+    events, result = stepped(puppet, "nops", turn)
+    assert not {event.rip for event in events} & {address("nops") + offset for offset in (4, 5, 6, 7)}
     assert result.registers.rbx == 7
 
 
@@ -210,8 +213,7 @@ def test_switched_off_there_are_no_more_events(puppet: Puppet) -> None:
 def test_the_end_of_the_session_ends_the_steps(
     puppet_guest: LiveGuest, puppet: Puppet, hooked: Callable[..., Session], snippet: str
 ) -> None:
-    puppet.session.control_events(0, EventId.SINGLESTEP, True)
-    puppet.start(0, snippet)
+    begin(puppet, snippet)
     while (event := puppet.event()).rip != address(snippet):
         puppet.session.reply(event)
     puppet.session.close()

@@ -6,7 +6,6 @@
 	.include "contract.inc"
 	.include "boot.inc"
 
-	.equ TICK,		10 * TICKS_PER_MS
 	.equ AP_TICKS,		500		# 5 s
 
 	.equ CPUID_XSAVE,	26		# of ECX of function 1
@@ -97,7 +96,7 @@ vcpu_start:
 	ltr %ax
 	lidt idtr(%rip)
 	set_up_lapic
-	movl $TICK, LAPIC_TIMER_COUNT(%eax)
+	movl $HOME_MS * TICKS_PER_MS, LAPIC_TIMER_COUNT(%eax)
 	sti
 
 	lock incl ONLINE(%rip)

@@ -3,6 +3,7 @@
 # Where a vCPU is while it has no snippet to run, and the way into a snippet and back.
 
 	.include "contract.inc"
+	.include "boot.inc"
 
 	.equ ALIVE_SHIFT,	5		# 32 ticks between two lines that tell of a vCPU at home
 
@@ -33,6 +34,11 @@
 	\do r15, R15
 	.endm
 
+	.macro tick_each milliseconds
+	mov $LAPIC, %eax
+	movl $\milliseconds * TICKS_PER_MS, LAPIC_TIMER_COUNT(%eax)
+	.endm
+
 	.section .low, "ax"
 	.code64
 	.globl home, finish
@@ -61,6 +67,7 @@ run:
 	xor %eax, %eax
 	rep stosq
 	movl $1, %gs:IN_SNIPPET
+	tick_each IN_SNIPPET_MS
 	general_registers load
 	call *%gs:ENTRY
 # A snippet ends here, by its RET or by a fault.
@@ -70,6 +77,7 @@ finish:
 	pushfq
 	popq %gs:OUT + RFLAGS
 	cld
+	tick_each HOME_MS
 	movl $0, %gs:IN_SNIPPET
 	mov %gs:TAKEN, %rax
 	mov %rax, %gs:DONE

@@ -128,15 +128,8 @@ do_\name:
 	popfq
 	ret
 
-# The KVMI hypercall, then what R14 points to, then the hypercall again: its events tell the host when that begins and
-# when it is over. Registers come and go as they are.
-	snippet between
-	call ask
-	call *%r14
-	call ask
-	ret
-
-ask:
+# The KVMI hypercall, whose event tells the host that what R14 points to is about to begin; then that.
+	snippet announced
 	push %rax
 	push %rdi
 	mov $HYPERCALL, %eax
@@ -144,7 +137,7 @@ ask:
 	call hypercall
 	pop %rdi
 	pop %rax
-	ret
+	jmp *%r14
 
 hypercall:
 	cmpl $0, %gs:USES_VMMCALL
