@@ -33,6 +33,10 @@ test-unit: ## The unit tests alone
 test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12 and CPU=amd|intel choose its host, K=expr tests
 	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)")
 
+.PHONY: bench
+bench: ## What exits and events cost, counted in instructions of an emulated host; figures in build/bench.json
+	@$(IN_ENVIRONMENT) kvmi-host bench
+
 .PHONY: lint
 lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint

@@ -23,6 +23,7 @@ _VERBS = {
     "detach": "kvmi_host.cli.detach",
     "replay": "kvmi_host.cli.replay",
     "hwtest": "kvmi_host.cli.hwtest",
+    "bench": "kvmi_host.cli.bench",
 }
 """Each module holds a Typer application ``app``."""
 
