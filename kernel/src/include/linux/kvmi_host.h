@@ -58,6 +58,10 @@ struct kvmi_vcpu_host {
 	/* While the access of a PF event is emulated. */
 	const struct kvmi_event_pf_reply *pf;
 	u64 pf_gfn;
+	/* A step over an access, put off because another vCPU made one. */
+	bool step_owed;
+	u64 step_gfn;
+	unsigned long step_rip;
 };
 
 void kvmi_init_vm(struct kvm *kvm);

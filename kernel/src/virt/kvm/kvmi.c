@@ -664,9 +664,11 @@ void kvmi_handle_request(struct kvm_vcpu *vcpu)
 	if (kvmi)
 		iv = kvmi_vcpu_state(kvmi, vcpu);
 	if (iv) {
-		if (!iv->begun)
+		if (!iv->begun) {
 			vcpu->kvmi.stepped = false;
-		iv->begun = true;
+			vcpu->kvmi.step_owed = false;
+			iv->begun = true;
+		}
 		/* A peer that does not read must not hold up memory slots. */
 		kvm_vcpu_srcu_read_unlock(vcpu);
 		while (kvmi_serve(kvmi, iv, vcpu) ||

@@ -196,7 +196,8 @@ void kvmi_inject(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 
 /* arch/x86/kvm/kvmi_step.c */
 unsigned int kvmi_next_opcode(struct kvm_vcpu *vcpu);
-bool kvmi_start_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu, gfn_t gfn);
+void kvmi_start_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu, gfn_t gfn);
+bool kvmi_owes_step(struct kvm_vcpu *vcpu, gfn_t gfn);
 void kvmi_end_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu);
 bool kvmi_held(struct kvmi *kvmi, struct kvm_vcpu *vcpu);
 

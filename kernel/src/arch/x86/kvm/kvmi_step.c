@@ -97,21 +97,30 @@ bool __kvmi_emulates_step(struct kvm_vcpu *vcpu)
 
 /*
  * Lets @vcpu access the page by itself, with its next instruction. If another
- * one does such a thing already, the access is tried again after that.
+ * one does such a thing already, the access is tried again after that, without
+ * a question: see kvmi_owes_step().
  */
-bool kvmi_start_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu, gfn_t gfn)
+void kvmi_start_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu, gfn_t gfn)
 {
 	struct kvm_vcpu *stepper = cmpxchg(&kvmi->stepper, NULL, vcpu);
 
-	if (stepper && stepper != vcpu) {
+	vcpu->kvmi.step_owed = stepper && stepper != vcpu;
+	if (vcpu->kvmi.step_owed) {
+		vcpu->kvmi.step_gfn = gfn;
+		vcpu->kvmi.step_rip = kvm_rip_read(vcpu);
 		kvm_make_request(KVM_REQ_INTROSPECTION, vcpu);
-		return false;
+		return;
 	}
 	/* After this none is in the guest, and none enters it. */
 	kvm_make_all_cpus_request(vcpu->kvm, KVM_REQ_INTROSPECTION |
 				  KVM_REQUEST_WAIT | KVM_REQUEST_NO_WAKEUP);
 	kvmi_open_page(kvmi, gfn);
-	return true;
+}
+
+bool kvmi_owes_step(struct kvm_vcpu *vcpu, gfn_t gfn)
+{
+	return vcpu->kvmi.step_owed && vcpu->kvmi.step_gfn == gfn &&
+	       vcpu->kvmi.step_rip == kvm_rip_read(vcpu);
 }
 
 void kvmi_end_step(struct kvmi *kvmi, struct kvm_vcpu *vcpu)

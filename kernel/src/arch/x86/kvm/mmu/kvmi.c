@@ -307,6 +307,11 @@ int __kvmi_page_fault(struct kvm_vcpu *vcpu, gpa_t cr2_or_gpa, u64 error_code)
 		return -ENOENT;
 	if (!(access & ~kvmi_access_now(kvmi, gfn)))
 		goto out;
+	if (kvmi_owes_step(vcpu, gfn)) {
+		kvmi_start_step(kvmi, vcpu, gfn);
+		ret = 1;
+		goto out;
+	}
 
 	ret = kvmi_event_pf(vcpu,
 			    kvmi_fault_gva(vcpu, cr2_or_gpa, gpa, error_code),
