@@ -141,6 +141,7 @@ class Puppet:
         values = Registers._make([0] * len(Registers._fields))._replace(**registers)
         at = MAILBOXES + vcpu * PAGE
         self.session.write_physical(at + _ENTRY, _U64.pack(entry) + _U64.pack(0))
+        self.session.write_physical(at + _PROGRESS, _U64.pack(0))  # what is read before it begins is not the last one's
         self.session.write_physical(at + _IN, REGISTERS.pack(*values)[: 16 * _U64.size])
         self.session.write_physical(at + _GO, _U64.pack(go + 1))
 
