@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from time import monotonic
 
@@ -10,7 +11,7 @@ import pytest
 
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import Access, Action, Event, EventId, PageFault, PageFaultReply
-from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests
+from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests, await_end
 from kvmi_host.testing.puppet import MARK, PAGE, Puppet, address, alias, page
 
 pytestmark = pytest.mark.hardware
@@ -236,6 +237,62 @@ def test_a_string_that_crosses_into_a_watched_page_is_copied_whole(
     assert puppet.session.read_physical(page(0) + PAGE - 20, 20) == data[:20]
     assert puppet.session.read_physical(page(1), 20) == data[20:]
     assert (result.registers.rcx, result.registers.rdi) == (0, page(1) + 20)
+
+
+@pytest.mark.parametrize("size", [8, 256])
+def test_the_reply_says_what_the_guest_reads(puppet: Puppet, size: int) -> None:
+    puppet.session.set_page_access({page(0): Access.NONE})
+    custom = PageFaultReply(ctx_addr=page(0), ctx_data=VALUE.to_bytes(8, "little") * (size // 8))
+    _, result = puppet.watch(0, "read64", made(puppet, custom), rsi=page(0) + size - 8)
+    assert result.registers.rax == VALUE
+    assert value_at(puppet, page(0) + size - 8) == 0
+
+
+def test_what_the_reply_does_not_cover_is_read_from_memory(puppet: Puppet) -> None:
+    puppet.session.write_physical(page(0), VALUE.to_bytes(8, "little"))
+    puppet.session.set_page_access({page(0): Access.NONE})
+    custom = PageFaultReply(ctx_addr=page(0) + 4, ctx_data=bytes(16))
+    _, result = puppet.watch(0, "read64", made(puppet, custom), rsi=page(0))
+    assert result.registers.rax == VALUE
+
+
+def test_a_long_string_is_asked_about_less_often_if_the_reply_completes_it(puppet: Puppet) -> None:
+    counts = []
+    for reply in (PageFaultReply(), PageFaultReply(rep_complete=True)):
+        puppet.session.set_page_access({page(1): NO_WRITE})
+        events, result = puppet.watch(0, "rep_movsb", made(puppet, reply), rsi=page(3), rdi=page(1), rcx=PAGE)
+        assert result.registers.rcx == 0
+        counts.append(len(events))
+    assert counts[1] < counts[0]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        struct.pack("<QIBB2x256x", 0, 257, 0, 0),
+        struct.pack("<QIBB2x256x", 0, 0, 2, 0),
+        struct.pack("<QIBB2x256x", 0, 0, 0, 2),
+        struct.pack("<QIBBH256x", 0, 0, 0, 0, 1),
+        bytes(273),
+    ],
+    ids=["ctx_size", "singlestep", "rep_complete", "padding", "a byte too many"],
+)
+def test_an_invalid_reply_ends_the_session_and_the_access_is_made(
+    own_puppet: LiveGuest, hooked: Callable[..., Session], own: bytes
+) -> None:
+    puppet = Puppet(hooked(own_puppet))
+    puppet.session.control_events(0, EventId.PF, True)
+    puppet.session.write_physical(page(0), bytes(8))
+    puppet.session.set_page_access({page(0): NO_WRITE})
+    puppet.start(0, "write64", rsi=page(0), rax=VALUE)
+    event = puppet.session.next_event(DEADLINE)
+    assert event
+    body = struct.pack("<HHIBBHI", 0, 0, 0, Action.CONTINUE, EventId.PF, 0, 0) + own
+    puppet.session.send_raw(struct.pack("<HHI", 0, len(body), event.seq) + body)
+    await_end(puppet.session)
+    again = Puppet(hooked(own_puppet))
+    again.finish(0)
+    assert value_at(again, page(0)) == VALUE
 
 
 def test_an_access_that_crosses_into_a_watched_page_is_an_event(puppet: Puppet) -> None:
