@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +60,8 @@ def hwtest(
     from kvmi_host.lab import Box, suite
     from kvmi_host.lab.bochs import BochsHost
 
+    # Its host goes with it, whoever ends it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     name = name or f"hwtest-{cpu}-{kernel.replace('.', '-')}"
     if host is Host.LOCAL:
         raise typer.Exit(suite.run(suite.here, report, expression, extra or []))
