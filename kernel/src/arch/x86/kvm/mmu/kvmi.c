@@ -280,7 +280,8 @@ static int kvmi_emulate_access(struct kvm_vcpu *vcpu, gfn_t gfn,
 		r = kvm_emulate_instruction(vcpu, 0);
 	} while (r > 0 && rpl->rep_complete && kvm_rip_read(vcpu) == rip &&
 		 !vcpu->arch.exception.pending && !signal_pending(current) &&
-		 !need_resched() && !kvm_request_pending(vcpu));
+		 !need_resched() &&
+		 !kvm_test_request(KVM_REQ_INTROSPECTION, vcpu));
 	vcpu->kvmi.pf = NULL;
 
 	return r;
