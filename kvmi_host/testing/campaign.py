@@ -25,7 +25,7 @@ from typing import Self
 
 from kvmi_host.attach import FULL, OBSERVE, AttachError, NotHooked, Policy, VmHandle
 from kvmi_host.host.footprint import Footprint, footprint, receivers, users_of_kvm
-from kvmi_host.protocol import Access, Command, ErrorCode, Event, EventId, Framer, command_name, frame
+from kvmi_host.protocol import Access, Command, ErrorCode, Event, EventId, Frame, Framer, command_name, frame
 from kvmi_host.testing.fuzz import SERVED, Exchange, Fuzzer, Message
 from kvmi_host.testing.live import DEADLINE, LiveError, LiveGuest, hook, hook_socket
 from kvmi_host.testing.puppet import Puppet, page
@@ -140,7 +140,7 @@ class _Line:
             try:
                 rest = rest[self._sock.send(rest[:_SLICE]) :]
             except BlockingIOError:
-                self._wait(DEADLINE, also=select.POLLOUT)
+                self._wait(select.POLLIN | select.POLLOUT)
             except (BrokenPipeError, ConnectionResetError):
                 raise _Ended from None
 
@@ -152,41 +152,47 @@ class _Line:
         self._awaited = seq
         self.send(frame(_UNKNOWN, seq))
         while self._awaited >= 0:
-            self._wait(DEADLINE)
+            self._wait()
 
-    def linger(self, seconds: float) -> None:
-        """Take what comes, until nothing does.
+    def take(self, seconds: float) -> bool:
+        """Take what has come, or comes first; False: nothing in time.
 
         :raise _Ended: the session is over.
         """
-        with contextlib.suppress(LiveError):
-            while True:
-                self._wait(seconds)
+        return self._take(seconds, select.POLLIN)
 
-    def _wait(self, seconds: float, also: int = 0) -> None:
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN | also)
-        if not poll.poll(seconds * 1000):
+    def _wait(self, events: int = select.POLLIN) -> None:
+        if not self._take(DEADLINE, events):
             raise LiveError("the session is stuck: the kernel neither reads nor answers")
+
+    def _take(self, seconds: float, events: int) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, events)
+        if not poll.poll(seconds * 1000):
+            return False
         try:
             data = self._sock.recv(_SLICE)
         except BlockingIOError:
-            return
+            return True
         except ConnectionResetError:
             raise _Ended from None
         if not data:
             raise _Ended
         self._framer.feed(data)
         while (message := self._framer.next_frame()) is not None:
-            # The refusal of a command that has the number of events is no event.
-            if message.id == Command.EVENT and len(message.payload) > _REFUSAL:
-                self._event(Event(message.seq, message.payload))
-            elif message.id == _UNKNOWN and message.seq == self._awaited:
-                self._awaited = -1
-            else:
-                error = int.from_bytes(message.payload[:4], "little", signed=True)
-                if error and error not in _ERRORS:
-                    raise LiveError(f"{command_name(message.id)} is answered with error {error}")
+            self._message(message)
+        return True
+
+    def _message(self, message: Frame) -> None:
+        # The refusal of a command that has the number of events is no event.
+        if message.id == Command.EVENT and len(message.payload) > _REFUSAL:
+            self._event(Event(message.seq, message.payload))
+        elif message.id == _UNKNOWN and message.seq == self._awaited:
+            self._awaited = -1
+        else:
+            error = int.from_bytes(message.payload[:4], "little", signed=True)
+            if error and error not in _ERRORS:
+                raise LiveError(f"{command_name(message.id)} is answered with error {error}")
 
     def _event(self, event: Event) -> None:
         if event.seq != self._exchange.seen + 1:
@@ -383,6 +389,10 @@ class Campaign:
     def _talk(self, line: _Line) -> None:
         until = self.report.messages + self._random.choice(_LENGTHS)
         while self.report.messages < until:
+            if self.report.profile is Profile.STORM:
+                self._send(line, self._fuzzer.answers())
+                line.take(_QUIET)
+                continue
             self._send(line, self._fuzzer.burst())
             if self._random.random() < 0.9:
                 line.settle(self._random.getrandbits(31))
@@ -399,7 +409,8 @@ class Campaign:
             self.report.noise += len(noise)
             for piece in self._fuzzer.pieces(noise):
                 line.send(piece)
-            line.linger(_QUIET)
+            while line.take(_QUIET):
+                pass
 
     def _send(self, line: _Line, messages: list[Message]) -> None:
         for message in messages:

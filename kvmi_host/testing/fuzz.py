@@ -188,7 +188,7 @@ class Fuzzer:
         """The next message. It counts as sent."""
         while True:
             replies = self.exchange.waiting and self.random.random() < 0.5
-            message = self._reply() if replies else self._command()
+            message = self._any_reply() if replies else self._command()
             if self.exchange.harmless(message) or self.random.random() < self._harm:
                 break
         if message.id == Command.EVENT_REPLY and message.form == WELL_FORMED:
@@ -203,6 +203,13 @@ class Fuzzer:
         if self.exchange.waiting and self.random.random() < 0.1:
             messages += self._quietly(self.random.choice(tuple(self.exchange.waiting.values())))
         return messages
+
+    def answers(self) -> list[Message]:
+        """A reply to every vCPU that waits, and now and then something else."""
+        messages = [self._reply(event) for event in self.exchange.waiting.values()]
+        for message in messages:
+            self.exchange.note_sent(message)
+        return messages + ([self.message()] if self.random.random() < 0.2 else [])
 
     def noise(self) -> bytes:
         """Bytes that may be no messages at all, or messages that end in the middle."""
@@ -282,19 +289,24 @@ class Fuzzer:
     def _quietly(self, event: Event) -> list[Message]:
         """A vCPU's registers and the reply to it, with no answer to either."""
         registers = _VCPU.pack(event.vcpu, 0, 0) + REGISTERS.pack(*event.registers)
-        reply = Message(Command.EVENT_REPLY, event.seq, encode_reply(event), WELL_FORMED)
+        reply = self._reply(event)
         self.exchange.note_sent(reply)
         off, on = (self._message(Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", n, 1, 0, 0)) for n in (0, 1))
         return [off, self._message(Command.SET_REGISTERS, registers), reply, on]
 
-    def _reply(self) -> Message:
+    def _reply(self, event: Event) -> Message:
+        action = self.random.choices((Action.CONTINUE, Action.RETRY, Action.CRASH), (40, 3, self._harm))[0]
+        payload = encode_reply(event, action, page_fault=self._context() if event.event == EventId.PF else None)
+        return Message(Command.EVENT_REPLY, event.seq, payload, WELL_FORMED)
+
+    def _any_reply(self) -> Message:
         """To what waits: as it should be, or spoilt in one place."""
         random = self.random
         event = random.choice(tuple(self.exchange.waiting.values()))
-        action = random.choices((Action.CONTINUE, Action.RETRY, Action.CRASH), (40, 3, 1))[0]
-        payload = encode_reply(event, action, page_fault=self._context() if event.event == EventId.PF else None)
+        message = self._reply(event)
         if random.random() >= self.spoilt / 4:
-            return Message(Command.EVENT_REPLY, event.seq, payload, WELL_FORMED)
+            return message
+        payload = message.payload
         seq, form = event.seq, "a reply that is odd"
         how = random.randrange(8)
         if how == 0:
