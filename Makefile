@@ -33,6 +33,22 @@ test-unit: ## The unit tests alone
 test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12 and CPU=amd|intel choose its host, K=expr tests
 	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)")
 
+# What the hardware suite does shortly, for as long as it is told.
+CAMPAIGN = $(IN_ENVIRONMENT) kvmi-host hwtest --report build/$@-$(CPU)-$(KERNEL) --deadline 86400
+
+.PHONY: fuzz
+fuzz: MESSAGES ?= 200000
+fuzz: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
+fuzz: ## Fuzz the kernel part; MESSAGES=200000, SEED=number, K=harmless|anything choose what is sent
+	@$(CAMPAIGN) -k "test_fuzz and comes_through $(if $(K),and $(K))" -- --seed $(SEED) --messages $(MESSAGES)
+
+.PHONY: storm
+storm: MINUTES ?= 5
+storm: VCPUS ?= 8
+storm: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
+storm: ## Events of every kind on VCPUS=8 at once, answered at random, for MINUTES=5
+	@$(CAMPAIGN) -k "test_fuzz and storm" -- --seed $(SEED) --storm-seconds $$((60 * $(MINUTES))) --storm-vcpus $(VCPUS)
+
 .PHONY: lint
 lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint

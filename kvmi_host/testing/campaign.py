@@ -31,7 +31,6 @@ from kvmi_host.testing.live import DEADLINE, LiveError, LiveGuest, hook, hook_so
 from kvmi_host.testing.puppet import Puppet, page
 from kvmi_host.testing.qmp import MonitorError
 
-_SCRATCH_PAGES = 64
 _UNKNOWN = 0xFFFF
 """No command: it is answered even while answers are off."""
 _REFUSAL = 8
@@ -41,6 +40,8 @@ _QUIET = 0.02
 _SLICE = 1 << 16
 _NOTHING = Footprint(0, 0, 0, 0, 0)
 _TELL_EVERY = 10.0
+_BROKEN = 4
+"""After so many sessions without any event the guest is taken for broken."""
 _STOPPED, _NOISY = 0.03, 0.1
 """The shares of sessions with a VM that its VMM has stopped, and of those that make noise."""
 
@@ -284,9 +285,10 @@ class Campaign:
         self._seconds = seconds
         self._vcpus = vcpus
         self._tell = tell
-        self._scratch = tuple(page(index) for index in range(_SCRATCH_PAGES))
+        self._scratch = tuple(page(index) for index in range(2 * vcpus))
         self._fuzzer = Fuzzer(self._random, self._exchange(), harm=_HARM if profile is Profile.ANYTHING else 0)
         self._guest = LiveGuest(vcpus, "puppet")
+        self._silent = 0
 
     def run(self) -> Report:
         """Do it.
@@ -348,8 +350,9 @@ class Campaign:
                 raise
             self._replace()
         else:
-            silent = not stopped and not noisy and self.report.events.total() == events
-            if self.report.profile is Profile.ANYTHING and (silent or not self._guest.alive):
+            self._silent = self._silent + 1 if self.report.events.total() == events else 0
+            broken = self._silent >= _BROKEN or not self._guest.alive
+            if broken and self.report.profile is Profile.ANYTHING:
                 self._replace()
 
     def _converse(self, noisy: bool) -> None:
@@ -396,6 +399,8 @@ class Campaign:
             self._send(line, self._fuzzer.burst())
             if self._random.random() < 0.9:
                 line.settle(self._random.getrandbits(31))
+            if not self._fuzzer.exchange.waiting and self._random.random() < 0.3:
+                line.take(_QUIET)
         how = self._random.randrange(4)
         if how == 0:
             with VmHandle(self._guest.pid) as vm, contextlib.suppress(NotHooked):
@@ -420,6 +425,7 @@ class Campaign:
             line.send(piece)
 
     def _replace(self) -> None:
+        self._silent = 0
         self._guest.kill()
         self.report.replaced += 1
         self._guest = LiveGuest(self._vcpus, "puppet")

@@ -59,6 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--storm-vcpus", type=int, default=8, help="of the VM in the storm")
 
 
+def pytest_report_header(config: pytest.Config) -> str:
+    """What it takes to do a campaign again."""
+    return f"campaigns: --seed {config.getoption('--seed')}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Linux boots before the shared guest takes its part of the host; tests that unload the modules go last."""
     order = {"test_linux.py": -1, "test_modules.py": 1}
