@@ -33,8 +33,9 @@ test-unit: ## The unit tests alone
 test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12 and CPU=amd|intel choose its host, K=expr tests
 	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)")
 
-# What the hardware suite does shortly, for as long as it is told.
-CAMPAIGN = $(IN_ENVIRONMENT) kvmi-host hwtest --report build/$@-$(CPU)-$(KERNEL) --deadline 86400
+# What the hardware suite does shortly, for as long as it is told, and on two CPUs.
+SMP ?= 2
+CAMPAIGN = $(IN_ENVIRONMENT) kvmi-host hwtest --report build/$@-$(CPU)-$(KERNEL) --smp $(SMP) --deadline 86400
 
 .PHONY: fuzz
 fuzz: MESSAGES ?= 200000

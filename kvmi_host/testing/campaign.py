@@ -336,7 +336,7 @@ class Campaign:
 
     def _session(self) -> None:
         """One session, from hook to end, whoever ends it."""
-        stopped = self._random.random() < _STOPPED
+        stopped = self.report.profile is not Profile.STORM and self._random.random() < _STOPPED
         noisy = self.report.profile is not Profile.STORM and self._random.random() < _NOISY
         events = self.report.events.total()
         try:
