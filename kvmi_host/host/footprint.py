@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,18 +16,27 @@ _MODULES = ("kvm", "kvm_amd", "kvm_intel")
 class Footprint(NamedTuple):
     """What is held at a moment.
 
-    :ivar objects: allocated ones of the caches that the kernel part takes from, kmalloc's first of all.
+    :ivar objects: allocated ones by cache, of those that the kernel part takes from, kmalloc's first of all.
     :ivar unreclaimable_kib: the kernel's slabs that memory pressure does not shrink.
     :ivar vmalloc_kib: what is mapped in the kernel's virtual memory.
     :ivar threads: receiving threads of sessions.
     :ivar users: who holds the KVM modules: VMs the vendor's, sessions the common one.
     """
 
-    objects: int
+    objects: Counter[str]
     unreclaimable_kib: int
     vmalloc_kib: int
     threads: int
     users: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.objects.total()} objects, {self.unreclaimable_kib} KiB of slabs, {self.vmalloc_kib} KiB of virtual"
+            f" memory, {self.threads} threads, {self.users} users of kvm"
+        )
+
+
+NOTHING = Footprint(Counter(), 0, 0, 0, 0)
 
 
 def footprint() -> Footprint:
@@ -38,7 +48,7 @@ def footprint() -> Footprint:
     counts = {line.split()[0]: int(line.split()[1]) for line in (_PROC / "slabinfo").read_text().splitlines()[2:]}
     meminfo = dict(re.findall(r"^(\w+):\s+(\d+)", (_PROC / "meminfo").read_text(), re.MULTILINE))
     return Footprint(
-        objects=sum(counts[name] for name in caches),
+        objects=Counter({name: counts[name] for name in caches}),
         unreclaimable_kib=int(meminfo["SUnreclaim"]),
         vmalloc_kib=int(meminfo["VmallocUsed"]),
         threads=receivers(),

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from kvmi_host.attach import FULL, OBSERVE, AttachError, NotHooked, Policy, VmHandle
-from kvmi_host.host.footprint import Footprint, footprint, receivers, users_of_kvm
+from kvmi_host.host.footprint import NOTHING, Footprint, footprint, receivers, users_of_kvm
 from kvmi_host.protocol import Access, Command, ErrorCode, Event, EventId, Frame, Framer, command_name, frame
 from kvmi_host.testing.fuzz import SERVED, Exchange, Fuzzer, Message
 from kvmi_host.testing.live import DEADLINE, LiveError, LiveGuest, hook, hook_socket
@@ -38,7 +38,6 @@ _ERRORS = frozenset(map(int, ErrorCode))
 _QUIET = 0.02
 """Seconds after which noise has been dealt with, or is waited for to go on."""
 _SLICE = 1 << 16
-_NOTHING = Footprint(0, 0, 0, 0, 0)
 _TELL_EVERY = 10.0
 _BROKEN = 4
 """After so many sessions without any event the guest is taken for broken."""
@@ -89,8 +88,13 @@ class Report:
     neighbours: int = 0
     neighbour_sessions: int = 0
     seconds: float = 0.0
-    before: Footprint = _NOTHING
-    after: Footprint = _NOTHING
+    before: Footprint = NOTHING
+    after: Footprint = NOTHING
+
+    @property
+    def left_behind(self) -> int:
+        """How many objects there are more than before."""
+        return self.after.objects.total() - self.before.objects.total()
 
     @property
     def messages(self) -> int:
@@ -108,6 +112,7 @@ class Report:
             f"events: {_listed(self.events)}",
             f"before: {self.before}",
             f"after:  {self.after}",
+            f"more objects than before: {_listed(self.after.objects - self.before.objects)}",
         ]
         return "\n".join(lines)
 

@@ -39,6 +39,6 @@ def test_a_storm_of_events_on_every_vcpu_ends_no_session(
 
 
 def left_nothing_behind(report: Report) -> None:
-    """One object in ten messages that is not given back is one too many."""
-    assert report.after.objects - report.before.objects < report.messages / 10
+    """What is left of one message in four is too much: most of them make the kernel allocate something."""
+    assert report.left_behind < report.messages / 4
     assert report.after.vmalloc_kib - report.before.vmalloc_kib < MIB
