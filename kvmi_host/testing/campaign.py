@@ -56,7 +56,7 @@ class Profile(StrEnum):
     """What kills or breaks it, too: it is replaced then."""
 
 
-_SPOILT = (0.0, 0.03, 0.1, 0.3)
+_SPOILT = (0.0, 0.1, 0.3, 0.6)
 """The shares of messages that are not well-formed, of which each session has one. Most of them end it."""
 _LENGTHS = (20, 100, 500)
 """How many messages a session has if nothing ends it."""
@@ -425,7 +425,8 @@ class Campaign:
     def _send(self, line: _Line, messages: list[Message]) -> None:
         for message in messages:
             self.report.sent[message.form] += 1
-            self.report.commands[command_name(message.id)] += 1
+            known = message.id in SERVED or message.id == Command.EVENT_REPLY
+            self.report.commands[command_name(message.id) if known else "unknown"] += 1
         for piece in self._fuzzer.pieces(b"".join(message.encode() for message in messages)):
             line.send(piece)
 
