@@ -37,6 +37,23 @@ test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12 and CPU=amd|intel ch
 bench: ## What exits and events cost, counted in instructions of an emulated host; figures in build/bench.json
 	@$(IN_ENVIRONMENT) kvmi-host bench
 
+# What the hardware suite does shortly, for as long as it is told, and on two CPUs.
+SMP ?= 2
+CAMPAIGN = $(IN_ENVIRONMENT) kvmi-host hwtest --report build/$@-$(CPU)-$(KERNEL) --smp $(SMP) --deadline 86400
+
+.PHONY: fuzz
+fuzz: MESSAGES ?= 200000
+fuzz: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
+fuzz: ## Fuzz the kernel part; MESSAGES=200000, SEED=number, K=harmless|anything choose what is sent
+	@$(CAMPAIGN) -k "test_fuzz and comes_through $(if $(K),and $(K))" -- --seed $(SEED) --messages $(MESSAGES)
+
+.PHONY: storm
+storm: MINUTES ?= 5
+storm: VCPUS ?= 8
+storm: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
+storm: ## Events of every kind on VCPUS=8 at once, answered at random, for MINUTES=5
+	@$(CAMPAIGN) -k "test_fuzz and storm" -- --seed $(SEED) --storm-seconds $$((60 * $(MINUTES))) --storm-vcpus $(VCPUS)
+
 .PHONY: lint
 lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint

@@ -48,6 +48,10 @@ def hwtest(
     name: Annotated[
         str | None, typer.Option("--name", help="The name of the box. [default: hwtest-CPU-KERNEL]")
     ] = None,
+    smp: Annotated[int, typer.Option(min=1, max=16, help="CPUs of the box (not with Bochs).")] = 1,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds after which the suite is ended (not with Bochs). [default: 1500]")
+    ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the box up, to look around in it (not with Bochs).")
     ] = False,
@@ -68,10 +72,10 @@ def hwtest(
     if cpu is Cpu.INTEL:
         intel = suite.in_bochs(BochsHost(name, kernel, modules))
         raise typer.Exit(suite.run(intel, report, expression, extra or []))
-    box = Box(name, kernel, modules)
+    box = Box(name, kernel, modules, smp)
     try:
         box.up()
-        status = suite.run(suite.in_box(box), report, expression, extra or [])
+        status = suite.run(suite.in_box(box, deadline or suite.DEADLINE), report, expression, extra or [])
     finally:
         if not keep:
             box.down()

@@ -26,7 +26,8 @@ Runner = Callable[[Sequence[str], Path], int]
 """Runs pytest with these arguments on one host, and shows its output as it comes. The folder gets ``junit.xml``,
 ``dmesg.log``, and from an emulated host ``console.log``. Returns pytest's exit status."""
 
-_DEADLINE = 1500
+DEADLINE = 1500
+"""Seconds that the suite may take in a box."""
 _REPORT, _DMESG = "/run/kvmi-host-suite.xml", "/run/kvmi-host-dmesg.log"
 _BEGIN = "kvmi-host: the suite begins"
 
@@ -90,15 +91,15 @@ def _deployed(host: str, arguments: Sequence[str]) -> list[str]:
     return ["env", f"--chdir={top}", *environment, *_pytest(top, "python3", _REPORT, arguments)]
 
 
-def in_box(box: Box) -> Runner:
-    """The suite in a box that is up."""
+def in_box(box: Box, deadline: float = DEADLINE) -> Runner:
+    """The suite in a box that is up. It is ended after `deadline` seconds."""
 
     def runner(arguments: Sequence[str], reports: Path) -> int:
         box.deploy()
         box.run(f"echo '{_BEGIN}' > /dev/kmsg; rm -f {_REPORT}")
         try:
             argv = _deployed(box.name, arguments)
-            status = box.run(argv, deadline=_DEADLINE, check=False, on_output=show).returncode
+            status = box.run(argv, deadline=deadline, check=False, on_output=show).returncode
             written = box.run(["cat", _REPORT], check=False)
             if written.returncode == 0:
                 (reports / "junit.xml").write_text(written.stdout)

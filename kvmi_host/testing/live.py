@@ -13,6 +13,8 @@ from time import monotonic
 from types import TracebackType
 from typing import Self
 
+from kvmi_host.attach import FULL, AlreadyHooked, Policy, attach, find_target
+from kvmi_host.attach.session import hand_to_kernel
 from kvmi_host.introspect import Session, SessionClosed
 from kvmi_host.protocol import Event, EventId, Framer, frame
 from kvmi_host.protocol.framing import Frame
@@ -202,6 +204,29 @@ class SharedGuests:
         """End all of them."""
         for guest in self._guests.values():
             guest.kill()
+
+
+def hook(guest: LiveGuest, allow: str = "full") -> Session:
+    """Hook a guest; a session that has just lost its introspector may take a moment to end."""
+    deadline = monotonic() + DEADLINE
+    while True:
+        try:
+            return attach(guest.name, allow=allow, timeout=DEADLINE).session
+        except AlreadyHooked:
+            if monotonic() > deadline:
+                raise
+
+
+def hook_socket(guest: LiveGuest, policy: Policy = FULL) -> socket.socket:
+    """Hook a guest, for a bare socket."""
+    ours, kernels = socket.socketpair()
+    try:
+        with kernels:
+            hand_to_kernel(find_target(guest.name), kernels, policy)
+    except BaseException:
+        ours.close()
+        raise
+    return ours
 
 
 def await_end(session: Session) -> None:

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Callable, Generator, Iterator
+from math import inf
 from pathlib import Path
-from time import monotonic
 
 import pytest
 
-from kvmi_host.attach import attach
-from kvmi_host.attach.errors import AlreadyHooked
-from kvmi_host.attach.policy import FULL
-from kvmi_host.attach.session import hand_to_kernel
-from kvmi_host.attach.target import find_target
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.host.kernel_log import TROUBLE
 from kvmi_host.host.kvm import require_introspection
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import KvmiError
-from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests, Walker, Wire
+from kvmi_host.testing.campaign import Campaign, Profile, Report
+from kvmi_host.testing.live import LiveGuest, SharedGuests, Walker, Wire, hook, hook_socket
 from kvmi_host.testing.puppet import Puppet
 
 MODEWALK_VCPUS = 4
@@ -53,6 +48,20 @@ class KernelLog:
             new.append(record.decode(errors="replace").partition(";")[2].rstrip("\n"))
         self.lines += new
         return new
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the campaigns are. What is drawn follows from the seed."""
+    group = parser.getgroup("campaigns")
+    group.addoption("--seed", type=int, default=1, help="of what is sent")
+    group.addoption("--messages", type=int, default=3000, help="that a fuzzed VM is sent at least")
+    group.addoption("--storm-seconds", type=float, default=15, help="that the storm goes on")
+    group.addoption("--storm-vcpus", type=int, default=8, help="of the VM in the storm")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """What it takes to do a campaign again."""
+    return f"campaigns: --seed {config.getoption('--seed')}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -143,21 +152,29 @@ def puppet_guest(shared: SharedGuests) -> Iterator[LiveGuest]:
 
 
 @pytest.fixture
+def campaign(shared: SharedGuests, pytestconfig: pytest.Config) -> Callable[..., Report]:
+    """Carries out a campaign of a profile, with the seed that was asked for, and tells what it does."""
+    shared.stand_aside()
+    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    assert isinstance(terminal, pytest.TerminalReporter)
+
+    def carry_out(profile: Profile, *, messages: float = inf, seconds: float = inf, vcpus: int = 4) -> Report:
+        seed = pytestconfig.getoption("--seed")
+        terminal.write_line("")
+        report = Campaign(
+            seed, profile, messages=messages, seconds=seconds, vcpus=vcpus, tell=terminal.write_line
+        ).run()
+        terminal.write_line(str(report))
+        return report
+
+    return carry_out
+
+
+@pytest.fixture
 def handle(guest: LiveGuest) -> Iterator[VmHandle]:
     """A duplicate of the guest's VM file descriptor."""
     with VmHandle(guest.pid) as handle:
         yield handle
-
-
-def hook(guest: LiveGuest, allow: str = "full") -> Session:
-    """Hook a guest; a session that has just lost its introspector may take a moment to end."""
-    deadline = monotonic() + DEADLINE
-    while True:
-        try:
-            return attach(guest.name, allow=allow, timeout=DEADLINE).session
-        except AlreadyHooked:
-            if monotonic() > deadline:
-                raise
 
 
 @pytest.fixture
@@ -183,11 +200,8 @@ def session(guest: LiveGuest, hooked: Callable[..., Session]) -> Session:
 @pytest.fixture
 def wire(guest: LiveGuest) -> Iterator[Wire]:
     """A session with the guest that may do everything, as a bare socket."""
-    ours, kernels = socket.socketpair()
-    with ours:
-        with kernels:
-            hand_to_kernel(find_target(guest.name), kernels, FULL)
-        yield Wire(ours)
+    with hook_socket(guest) as sock:
+        yield Wire(sock)
 
 
 @pytest.fixture

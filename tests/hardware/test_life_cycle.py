@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from time import monotonic
 
 import pytest
 
 from kvmi_host.attach import attach
+from kvmi_host.host.footprint import receivers, users_of_kvm
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import EventId
 from kvmi_host.testing.live import DEADLINE, LiveGuest, Walker, await_end
@@ -31,18 +31,6 @@ for vcpu in range(session.guest_info()):
 print(session.next_event(60), flush=True)
 sys.stdin.read()
 """
-
-
-def receivers() -> int:
-    """How many receiving threads the kernel has."""
-    names = (path.read_text() for path in Path("/proc").glob("[0-9]*/comm") if path.exists())
-    return sum(name.startswith("kvmi-") for name in names)
-
-
-def users_of_kvm() -> int:
-    """How many hold the KVM modules: VMs the vendor's, sessions the common one."""
-    modules = (Path("/sys/module", name, "refcnt") for name in ("kvm", "kvm_amd", "kvm_intel"))
-    return sum(int(count.read_text()) for count in modules if count.exists())
 
 
 def until(reached: Callable[[], bool]) -> None:
