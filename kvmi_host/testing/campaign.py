@@ -305,6 +305,8 @@ class Campaign:
             self._session()
             self.report.before = footprint()
             self._throw()
+            if self.report.profile is Profile.ANYTHING:
+                self._replace()
             self._rest()
             self.report.after = footprint()
             self._finish()
