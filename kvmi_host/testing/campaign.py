@@ -292,7 +292,7 @@ class Campaign:
         self._tell = tell
         self._scratch = tuple(page(index) for index in range(2 * vcpus))
         self._fuzzer = Fuzzer(self._random, self._exchange(), harm=_HARM if profile is Profile.ANYTHING else 0)
-        self._guest = LiveGuest(vcpus, "puppet")
+        self._guest = self._boot()
         self._silent = 0
 
     def run(self) -> Report:
@@ -305,6 +305,8 @@ class Campaign:
             self._session()
             self.report.before = footprint()
             self._throw()
+            if self.report.profile is Profile.ANYTHING:
+                self._replace()
             self._rest()
             self.report.after = footprint()
             self._finish()
@@ -317,6 +319,10 @@ class Campaign:
 
     def _exchange(self) -> Exchange:
         return Exchange(self._vcpus, self._scratch)
+
+    def _boot(self) -> LiveGuest:
+        """A guest that ends when it would be reset."""
+        return LiveGuest(self._vcpus, "puppet", options=["-no-reboot"])
 
     def _start(self) -> None:
         """Have the guest make events."""
@@ -357,7 +363,9 @@ class Campaign:
         else:
             self._silent = self._silent + 1 if self.report.events.total() == events else 0
             broken = self._silent >= _BROKEN or not self._guest.alive
-            if broken and self.report.profile is Profile.ANYTHING:
+            if broken and self.report.profile is not Profile.ANYTHING:
+                raise LiveError("the guest is broken; its last lines:\n" + self._guest.tail())
+            if broken:
                 self._replace()
 
     def _converse(self, noisy: bool) -> None:
@@ -434,7 +442,7 @@ class Campaign:
         self._silent = 0
         self._guest.kill()
         self.report.replaced += 1
-        self._guest = LiveGuest(self._vcpus, "puppet")
+        self._guest = self._boot()
         self._start()
 
     def _rest(self) -> None:
