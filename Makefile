@@ -37,8 +37,8 @@ test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12 and CPU=amd|intel ch
 bench: ## What exits and events cost, counted in instructions of an emulated host; figures in build/bench.json
 	@$(IN_ENVIRONMENT) kvmi-host bench
 
-# What the hardware suite does shortly, for as long as it is told, and on two CPUs.
-SMP ?= 2
+# What the hardware suite does shortly, for as long as it is told; SMP=2 for a box with two CPUs.
+SMP ?= 1
 CAMPAIGN = $(IN_ENVIRONMENT) kvmi-host hwtest --report build/$@-$(CPU)-$(KERNEL) --smp $(SMP) --deadline 86400
 
 .PHONY: fuzz
