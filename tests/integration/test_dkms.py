@@ -84,7 +84,7 @@ def test_pre_build_makes_the_patched_source_of_each_series(source: Path, tmp_pat
     done = _pre_build(source, headers.name.removeprefix("linux-headers-"), headers, tmp_path)
 
     assert done.returncode == 0, done.stderr
-    assert "kvmi_handle_request" in (tmp_path / "tree/arch/x86/kvm/x86.c").read_text()
+    assert "kvmi_check_request" in (tmp_path / "tree/arch/x86/kvm/x86.c").read_text()
     assert (tmp_path / "tree/virt/kvm/kvmi.c").is_file()
 
 
