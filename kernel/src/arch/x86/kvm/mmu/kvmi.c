@@ -277,10 +277,11 @@ static int kvmi_emulate_access(struct kvm_vcpu *vcpu, gfn_t gfn,
 	vcpu->kvmi.pf_gfn = gfn;
 	/* KVM lets the guest go on in the middle of a long string. */
 	do {
+		cond_resched();
 		r = kvm_emulate_instruction(vcpu, 0);
 	} while (r > 0 && rpl->rep_complete && kvm_rip_read(vcpu) == rip &&
 		 !vcpu->arch.exception.pending && !signal_pending(current) &&
-		 !need_resched() &&
+		 !kvm_test_request(KVM_REQ_EVENT, vcpu) &&
 		 !kvm_test_request(KVM_REQ_INTROSPECTION, vcpu));
 	vcpu->kvmi.pf = NULL;
 
