@@ -229,6 +229,17 @@ def hook_socket(guest: LiveGuest, policy: Policy = FULL) -> socket.socket:
     return ours
 
 
+def await_event(session: Session) -> Event:
+    """The next event. Its vCPU waits for the reply.
+
+    :raise LiveError: none came in time.
+    """
+    event = session.next_event(DEADLINE)
+    if event is None:
+        raise LiveError("no event came")
+    return event
+
+
 def await_end(session: Session) -> None:
     """Wait until the kernel ends the session; events that were under way are passed over.
 
@@ -326,14 +337,8 @@ class Walker:
                 self.session.control_cr(vcpu, cr, True)
 
     def event(self) -> Event:
-        """The next event. Its vCPU waits for the reply.
-
-        :raise LiveError: none came in time.
-        """
-        event = self.session.next_event(DEADLINE)
-        if event is None:
-            raise LiveError("no event came")
-        return event
+        """The next event; see :func:`await_event`."""
+        return await_event(self.session)
 
     def answered(self, count: int) -> Iterator[Event]:
         """The next `count` events; each is replied to when the next one is asked for."""

@@ -27,7 +27,7 @@ from kvmi_host.introspect import Session
 from kvmi_host.protocol import Event, Registers
 from kvmi_host.protocol.x86 import REGISTERS, unpack_registers
 from kvmi_host.provision import find_image
-from kvmi_host.testing.live import DEADLINE, LiveError
+from kvmi_host.testing.live import DEADLINE, LiveError, await_event
 
 PAGE = 4096
 LARGE_PAGE = 2 << 20
@@ -215,14 +215,8 @@ class Puppet:
     # -- what else a test asks for
 
     def event(self) -> Event:
-        """The next event. Its vCPU waits for the reply.
-
-        :raise LiveError: none came in time.
-        """
-        event = self.session.next_event(DEADLINE)
-        if event is None:
-            raise LiveError("no event came")
-        return event
+        """The next event; see :func:`await_event`."""
+        return await_event(self.session)
 
     def hypercall(self, vcpu: int = 0) -> str:
         """The snippet with the hypercall instruction of this CPU's vendor."""

@@ -132,7 +132,10 @@ def test_retry_alone_meets_it_again(watched: Puppet, descriptor: Descriptor) -> 
     register = REGISTERS[descriptor]
     operand, value = register.operand(watched, 0)
     actions = iter([Action.RETRY, Action.RETRY, Action.CONTINUE])
-    answer = lambda event: watched.session.reply(event, next(actions))  # noqa: E731
+
+    def answer(event: Event) -> None:
+        watched.session.reply(event, next(actions))
+
     events, _ = watched.watch(0, register.load, answer, **operand)
     assert [event.rip for event in events] == [address(register.load)] * 3
     assert register.read(off(watched)) == value

@@ -89,8 +89,11 @@ def test_the_new_value_of_a_reply_is_what_is_written(watched: Puppet) -> None:
 
 def test_a_new_value_that_the_msr_does_not_take_faults_in_the_guest(watched: Puppet) -> None:
     old = value_of(watched, LSTAR)
-    refuse = lambda event: watched.session.reply(event, new_val=NOT_CANONICAL)  # noqa: E731
-    _, result = write(watched, LSTAR, old ^ 0x1000, refuse)
+
+    def spoil(event: Event) -> None:
+        watched.session.reply(event, new_val=NOT_CANONICAL)
+
+    _, result = write(watched, LSTAR, old ^ 0x1000, spoil)
     assert (result.exceptions, result.vector, result.rip) == (1, GP, address("wrmsr"))
     assert value_of(watched, LSTAR) == old
 
