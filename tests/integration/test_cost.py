@@ -12,11 +12,14 @@ from kvmi_host.lab.counting import Report, count
 EXITS = ("pio", "cpuid", "msr", "hypercall")
 """What leaves the guest with stock modules, too."""
 
-DEARER = {Series.V6_1: 1.01, Series.V6_12: 1.012}
-"""How much dearer an exit of a VM that is not hooked may be; a hundredth is the aim, and 6.12 is not quite there."""
+DEARER = 1.01
+"""How much dearer an exit of a VM that is not hooked may be."""
 
-EVENTS = {"msr": 34_500, "cr3": 34_800, "hypercall": 34_300, "breakpoint": 37_500, "page": 41_500}
-"""Instructions that an event may cost: about 3 % above what it was when that was last looked at."""
+EVENTS = {"msr": 36_000, "cr3": 36_000, "hypercall": 36_000, "breakpoint": 39_500, "page": 42_500}
+"""
+Instructions that an event may cost. Which of the two threads the host's scheduler runs first is the same in each run,
+but not after each change: that makes a difference of up to a tenth, and these are the dearer figures.
+"""
 
 
 @pytest.fixture(scope="module", params=list(Series))
@@ -35,9 +38,9 @@ def report(series: Series) -> Report:
     return count(image.kernel(series), modules)
 
 
-def test_a_vm_that_is_not_hooked_pays_a_hundredth_at_most(report: Report, series: Series) -> None:
+def test_a_vm_that_is_not_hooked_pays_a_hundredth_at_most(report: Report) -> None:
     ratios = {kind: report.ours[kind] / report.stock[kind] for kind in EXITS}
-    assert max(ratios.values()) <= DEARER[series], ratios
+    assert max(ratios.values()) <= DEARER, ratios
 
 
 def test_an_event_costs_no_more_than_it_did(report: Report) -> None:

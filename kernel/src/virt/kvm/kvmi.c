@@ -658,6 +658,7 @@ void kvmi_handle_request(struct kvm_vcpu *vcpu)
 	struct kvmi *kvmi = kvmi_get(vcpu->kvm);
 	struct kvmi_vcpu *iv = NULL;
 
+	kvm_check_request(KVM_REQ_INTROSPECTION, vcpu);
 	vcpu->kvmi.again = false;
 	kvmi_arch_finish_regs(vcpu);
 

@@ -103,7 +103,8 @@ static inline unsigned long kvmi_cr_write(struct kvm_vcpu *vcpu,
 /* The same for an MSR. */
 static inline u64 kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr, u64 new_value)
 {
-	if (kvmi_wants_msr(vcpu, msr))
+	if (static_branch_unlikely(&kvmi_used) &&
+	    unlikely(vcpu->kvmi.msr_writes))
 		return __kvmi_msr_write(vcpu, msr, new_value);
 	return new_value;
 }
@@ -124,10 +125,9 @@ static inline bool kvmi_hypercall(struct kvm_vcpu *vcpu)
 /* Between two entries into the guest: has the introspector a wish? */
 static inline void kvmi_check_request(struct kvm_vcpu *vcpu)
 {
-	if (!static_branch_unlikely(&kvmi_used))
-		return;
-	if (kvm_check_request(KVM_REQ_INTROSPECTION, vcpu) ||
-	    unlikely(vcpu->kvmi.again))
+	if (static_branch_unlikely(&kvmi_used) &&
+	    unlikely(kvm_test_request(KVM_REQ_INTROSPECTION, vcpu) ||
+		     vcpu->kvmi.again))
 		kvmi_handle_request(vcpu);
 }
 

@@ -102,6 +102,9 @@ u64 __kvmi_msr_write(struct kvm_vcpu *vcpu, u32 msr, u64 new_value)
 		.size = sizeof(rpl),
 	};
 
+	if (!kvmi_wants_msr(vcpu, msr))
+		return new_value;
+
 	/* A write to one that cannot be read counts as a change from 0. */
 	if (__kvm_get_msr(vcpu, msr, &ev.old_value, true))
 		ev.old_value = 0;

@@ -3,6 +3,7 @@
  * KVM introspection: AMD's intercepts, and single steps.
  */
 #include <linux/module.h>
+#include <trace/events/ipi.h>
 #include "svm.h"
 #include "../kvm_cache_regs.h"
 #include "../kvm_emulate.h"
@@ -97,10 +98,10 @@ int svm_kvmi_descriptor(struct kvm_vcpu *vcpu)
 /*
  * For one entry into the guest, the trap flag is set and whatever would store
  * the flags in the guest's memory is intercepted. Events that are injected
- * store them, too: the guest is stopped before it does anything after one.
- * Returns true if that is so.
+ * store them, too: the guest is stopped before it does anything after one, for
+ * events are injected before an interrupt of the host makes it exit.
  */
-bool svm_kvmi_begin_step(struct vcpu_svm *svm)
+void svm_kvmi_begin_step(struct vcpu_svm *svm)
 {
 	struct svm_kvmi_step *step = &svm->kvmi_step;
 	u32 *intercepts = svm->vmcb->control.intercepts;
@@ -110,11 +111,13 @@ bool svm_kvmi_begin_step(struct vcpu_svm *svm)
 	step->on = !is_guest_mode(vcpu) && !sev_es_guest(vcpu->kvm) &&
 		   !(vcpu->arch.hflags & HF_SMM_MASK);
 	if (!step->on)
-		return false;
+		return;
 
 	step->delivers = svm->vmcb->control.event_inj & SVM_EVTINJ_VALID;
-	if (step->delivers)
-		return true;
+	if (step->delivers) {
+		smp_send_reschedule(vcpu->cpu);
+		return;
+	}
 
 	step->exceptions = intercepts[INTERCEPT_EXCEPTION];
 	step->word3 = intercepts[INTERCEPT_WORD3];
@@ -126,7 +129,6 @@ bool svm_kvmi_begin_step(struct vcpu_svm *svm)
 		svm->vmcb->save.rflags |= X86_EFLAGS_TF;
 		vcpu->kvmi.own_tf = true;
 	}
-	return false;
 }
 
 void svm_kvmi_end_step(struct vcpu_svm *svm)
