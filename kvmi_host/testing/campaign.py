@@ -39,8 +39,8 @@ _QUIET = 0.02
 """Seconds after which noise has been dealt with, or is waited for to go on."""
 _SLICE = 1 << 16
 _TELL_EVERY = 10.0
-_BROKEN = 4
-"""After so many sessions without any event the guest is taken for broken."""
+_SILENT = 4
+"""After so many sessions without any event the guest is asked whether it is well."""
 _STOPPED, _NOISY = 0.03, 0.1
 """The shares of sessions with a VM that its VMM has stopped, and of those that make noise."""
 
@@ -362,11 +362,34 @@ class Campaign:
             self._replace()
         else:
             self._silent = self._silent + 1 if self.report.events.total() == events else 0
-            broken = self._silent >= _BROKEN or not self._guest.alive
+            broken = self._broken()
             if broken and self.report.profile is not Profile.ANYTHING:
-                raise LiveError("the guest is broken; its last lines:\n" + self._guest.tail())
+                raise LiveError(f"{broken}; the last lines of the guest:\n{self._guest.tail()}")
             if broken:
                 self._replace()
+
+    def _broken(self) -> str:
+        """What is wrong with the guest, if anything."""
+        if not self._guest.alive:
+            return "the guest has ended, or would have been reset"
+        if self._silent < _SILENT:
+            return ""
+        self._silent = 0
+        try:
+            self._goes_on()
+        except LiveError as error:
+            return str(error)
+        return ""
+
+    def _goes_on(self) -> None:
+        """Every vCPU goes on making events.
+
+        :raise LiveError: one does not.
+        """
+        with hook(self._guest) as session:
+            puppet = Puppet(session)
+            for vcpu in range(self._vcpus):
+                puppet.advances(vcpu)
 
     def _converse(self, noisy: bool) -> None:
         policy = self._policy(noisy)
@@ -456,9 +479,7 @@ class Campaign:
 
     def _finish(self) -> None:
         """The guest is as well as before."""
+        self._goes_on()
         with hook(self._guest) as session:
-            puppet = Puppet(session)
-            for vcpu in range(self._vcpus):
-                puppet.advances(vcpu)
-            puppet.settle(self._vcpus)
+            Puppet(session).settle(self._vcpus)
         self._guest.goes_on()
