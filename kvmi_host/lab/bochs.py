@@ -56,8 +56,8 @@ cpu: model=corei7_haswell_4770, count=1, ips=200000000, reset_on_triple_fault=0,
 clock: sync=none, time0=utc
 memory: guest=2048, host=2048
 pci: enabled=1, chipset=i440fx
-romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot
-vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
+romimage: file={bios}/BIOS-bochs-latest, options=fastboot
+vgaromimage: file={bios}/VGABIOS-lgpl-latest
 ata0-master: type=disk, mode=volatile, path="{disk}", journal=changes.img, cylinders=0
 ata0-slave: type=disk, mode=flat, path=exchange.img, cylinders=0
 ata1-master: type=cdrom, path=boot.iso, status=inserted
@@ -123,6 +123,7 @@ class BochsHost:
         with images.kvm_modules(self._series, self._modules) as modules_built:
             image = images.host_image()
             modules = modules_built()
+        bochs = images.bochs()
         kernel = image.kernel(self._series)
         initrd = images.initrd(kernel, modules)
         script = _first_process(command, wanted)
@@ -131,12 +132,12 @@ class BochsHost:
             for file in self._run.iterdir():
                 file.unlink()
             self._make_iso(kernel.image, initrd)
-            (self._run / "bochsrc").write_text(_BOCHSRC.format(disk=image.disk))
+            (self._run / "bochsrc").write_text(_BOCHSRC.format(disk=image.disk, bios=bochs / "root/usr/share/bochs"))
             (self._run / "commands").write_text("c\n")  # for its debugger, which waits otherwise
             with (self._run / "exchange.img").open("wb") as exchange:
                 exchange.write(archive)
                 exchange.truncate(_EXCHANGE_SIZE)
-            self._emulate(on_output)
+            self._emulate(bochs / "bochs", on_output)
             return self._results()
 
     def _make_iso(self, kernel: Path, initrd: Path) -> None:
@@ -153,9 +154,8 @@ class BochsHost:
         argv += ["-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", "-graft-points"]
         build("making the boot medium", [*argv, *(f"{name}={file}" for name, file in files.items())])
 
-    def _emulate(self, on_output: Callable[[str], None]) -> None:
+    def _emulate(self, bochs: Path, on_output: Callable[[str], None]) -> None:
         """Have Bochs run until the host powers off."""
-        bochs = program("bochs", "bochs")
         # It is not to outlive us; and root in a chroot may have network namespaces, but no user namespaces.
         argv = [
             "setpriv",
@@ -165,7 +165,7 @@ class BochsHost:
             "--net",
             *([] if os.geteuid() == 0 else ["--map-root-user"]),
         ]
-        argv += [bochs, "-q", "-f", "bochsrc", "-rc", "commands"]
+        argv += [str(bochs), "-q", "-f", "bochsrc", "-rc", "commands"]
         with (self._run / "bochs.out").open("wb") as log:
             process = subprocess.Popen(argv, cwd=self._run, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:

@@ -99,6 +99,12 @@ def _package_version(package: str) -> str:
     return shown.stdout
 
 
+def _require_root(what: str) -> None:
+    if os.geteuid() != 0:
+        raise LabHostError(f"{what} with mmdebstrap as root: run this as root, or with sudo")
+    program("mmdebstrap", "mmdebstrap")
+
+
 def host_image() -> HostImage:
     """The host's disk, built if its recipe or a kernel changed since (about a minute, from the network)."""
     releases = [kernel_release(series) for series in Series]
@@ -109,9 +115,7 @@ def host_image() -> HostImage:
     key = cache.digest(*parts, lock, *kernels)
 
     def make(out: Path) -> None:
-        if os.geteuid() != 0:
-            raise LabHostError("the host in a box is built with mmdebstrap as root: run this as root, or with sudo")
-        program("mmdebstrap", "mmdebstrap")
+        _require_root("the host in a box is built")
         env = {"KVMI_PYTHON": sys.executable}
         build("building the disk of the host in a box", [recipe / "build", out, *releases], env)
 
@@ -161,6 +165,17 @@ def initrd(kernel: HostKernel, modules: Path | None) -> Path:
         build("building the initramfs", [recipe / "build", kernel.boot_modules, folder, out / "initrd", *parameters])
 
     return cache.entry("initrd", key, make, keep=4) / "initrd"
+
+
+def bochs() -> Path:
+    """The folder of Debian 13's Bochs, fetched if its recipe changed since (half a minute, from the network)."""
+    recipe = project_root() / "vm-images" / "bochs"
+
+    def make(out: Path) -> None:
+        _require_root("Bochs is unpacked")
+        build("fetching Bochs", [recipe / "build", out])
+
+    return cache.entry("bochs", cache.digest(recipe), make)
 
 
 def guest_images() -> dict[str, Path]:
