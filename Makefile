@@ -30,8 +30,9 @@ test-unit: ## The unit tests alone
 	@$(IN_ENVIRONMENT) pytest -q tests/unit
 
 .PHONY: test-hardware
-test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12 and CPU=amd|intel choose its host, K=expr tests
-	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)")
+test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12, CPU=amd|intel, PAGING=shadow choose its host, K=expr tests
+	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)") \
+		$(if $(PAGING),-- --paging $(PAGING))
 
 .PHONY: bench
 bench: ## What exits and events cost, counted in instructions of an emulated host; figures in build/bench.json

@@ -19,8 +19,10 @@ from kvmi_host.host.kernel_log import TROUBLE
 from kvmi_host.host.kvm import require_introspection
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import KvmiError
+from kvmi_host.testing import modules
 from kvmi_host.testing.campaign import Campaign, Profile, Report
 from kvmi_host.testing.live import LiveGuest, SharedGuests, Walker, Wire, hook, hook_socket
+from kvmi_host.testing.modules import Paging
 from kvmi_host.testing.puppet import Puppet
 
 MODEWALK_VCPUS = 4
@@ -51,12 +53,14 @@ class KernelLog:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the campaigns are. What is drawn follows from the seed."""
+    """How long the campaigns are, and how the host pages. What is drawn follows from the seed."""
     group = parser.getgroup("campaigns")
     group.addoption("--seed", type=int, default=1, help="of what is sent")
     group.addoption("--messages", type=int, default=3000, help="that a fuzzed VM is sent at least")
     group.addoption("--storm-seconds", type=float, default=15, help="that the storm goes on")
     group.addoption("--storm-vcpus", type=int, default=8, help="of the VM in the storm")
+    kinds = [str(kind) for kind in Paging]
+    parser.addoption("--paging", choices=kinds, help="load KVM's modules anew, with that; default: leave them alone")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -71,13 +75,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _host(record_testsuite_property: Callable[[str, object], None]) -> None:
+def _host(record_testsuite_property: Callable[[str, object], None], pytestconfig: pytest.Config) -> None:
     """The host, which must have introspection. What it is goes to the report."""
+    if wanted := pytestconfig.getoption("--paging"):
+        modules.unload()
+        modules.load(Paging(wanted))
     require_introspection()
     here = os.uname()
     vendor = re.search(r"^vendor_id\s*: (\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     record_testsuite_property("host", os.environ.get("KVMI_HOST_NAME", here.nodename))
     record_testsuite_property("kernel", here.release)
+    record_testsuite_property("paging", str(modules.paging()))
     record_testsuite_property("cpu_vendor", vendor[1] if vendor else "unknown")
 
 

@@ -12,6 +12,7 @@ import pytest
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import Access, Action, Event, EventId, PageFault, PageFaultReply
 from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests, await_end
+from kvmi_host.testing.modules import Paging, paging
 from kvmi_host.testing.puppet import MARK, PAGE, Puppet, address, alias, page
 
 pytestmark = pytest.mark.hardware
@@ -313,8 +314,9 @@ def test_the_guests_page_walk_into_a_watched_page_table_goes_through(
     puppet.run(0, "invlpg", rsi=gva)
     puppet.session.set_page_access({address("alias_table"): NO_WRITE})
     events, result = puppet.watch(0, "read8", made(puppet, reply), rsi=gva)
-    assert events
-    assert {event.data.gpa & -PAGE for event in events} == {address("alias_table")}
+    # Where KVM walks the tables itself, to shadow them, nothing of the guest's touches them.
+    walked = {address("alias_table")} if paging() is Paging.NESTED else set()
+    assert {event.data.gpa & -PAGE for event in events} == walked
     assert all(event.data.access & Access.W for event in events)
     assert (result.registers.rax, result.exceptions) == (0x42, 0)
     assert value_at(puppet, entry) & PTE_ACCESSED
