@@ -17,6 +17,7 @@ FAILED = 1
 HOST_CANNOT = 3
 
 _VERBS = {
+    "doctor": "kvmi_host.cli.doctor",
     "lab": "kvmi_host.cli.lab",
     "guest": "kvmi_host.cli.guest",
     "attach": "kvmi_host.cli.attach",

@@ -80,6 +80,7 @@ mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /tmp
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 stty -F /dev/ttyS1 115200 raw
+{deploy.LINUX}
 ( {command}; echo $? > /status ) 2>&1 | cat > /dev/ttyS1
 tar -c -P -f /dev/sdb /status {" ".join(wanted)}
 sync

@@ -24,11 +24,14 @@ _LAUNCHER = f"""#!/bin/sh
 PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"
 """
 
+LINUX = f'ln -sf "/boot/vmlinuz-$(uname -r)" {TOP}/images/linux.vmlinuz'
+"""What makes the host's own kernel that of the Linux guest."""
+
 SCRIPT = f"""set -e
 mkdir -p {TOP}
 rm -rf {TOP}/lib {TOP}/tests {TOP}/images {TOP}/deployed
 tar -xz --no-same-owner -C /
-ln -sf "/boot/vmlinuz-$(uname -r)" {TOP}/images/linux.vmlinuz
+{LINUX}
 """
 """What unpacks the stream there."""
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,3 +51,19 @@ def test_a_host_with_stock_modules_is_told_what_to_do() -> None:
         assert run.returncode == 3
         assert "load the kvmi modules" in run.stderr
         guest.await_line(lambda line: " lap " in line)
+        assert doctor()["loaded modules"] == "missing"
+
+
+def test_the_doctor_finds_ours() -> None:
+    findings = doctor()
+    assert [findings[subject] for subject in ("virtualization", "loaded modules", "kvm.introspection")] == ["ok"] * 3
+    # They are not where modprobe looks.
+    assert findings["modules on the disk"] == "missing"
+
+
+def doctor() -> dict[str, str]:
+    """What the doctor says of this host, which is not all well: states by subject."""
+    run = subprocess.run(["kvmi-host", "doctor", "--json"], capture_output=True, text=True, timeout=DEADLINE)
+    assert run.returncode == 3
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    return {finding["subject"]: finding["state"] for finding in found}
