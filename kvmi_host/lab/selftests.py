@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 import shutil
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ ROUNDS = 3
 
 _SLACK = 60
 """Seconds that a box has to say that a test ended, beyond the test's deadline: one that does not is taken to hang."""
+
+_REMARK = 120
+"""Characters of a reason that the table has room for; all of it is in the log and in ``results.json``."""
 
 _TOP = PurePosixPath("/opt/kvm-selftests")
 _RUN = _TOP / "run"
@@ -372,7 +376,8 @@ def table(compared: Iterable[Comparison]) -> str:
     rows: list[tuple[str, ...]] = [("test", "stock", "ours", "reason")]
     for each in compared:
         verdicts = (", then ".join(outcome.verdict for outcome in side) for side in (each.stock, each.ours))
-        rows.append((each.test, *verdicts, each.remark.replace("|", "\\|")))
+        remark = textwrap.shorten(each.remark, _REMARK, placeholder=" ...").replace("|", "\\|")
+        rows.append((each.test, *verdicts, remark))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     rows.insert(1, tuple("-" * width for width in (*widths, 6)))
     cells = ([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]] for row in rows)
