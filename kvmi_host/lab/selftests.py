@@ -124,7 +124,8 @@ def judge(test: str, said: str, kernel: str, status: int, seconds: int, deadline
     else:
         failed = [place for mark, place in pairwise(lines) if "Test Assertion Failure" in mark]
         signal = f"signal {status - 128}: " if 128 < status < 160 else ""
-        verdict, reason = Verdict.FAIL, signal + (failed[0] if failed else last)
+        # An assertion of the guest is in the last line alone.
+        verdict, reason = Verdict.FAIL, signal + "; ".join([*failed[:1], last])
     return Outcome(test, verdict, reason, seconds, log)
 
 

@@ -11,9 +11,10 @@ from kvmi_host.lab import selftests
 from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.selftests import Comparison, Outcome, Record, Transcript, Verdict, compare, judge, select, table
 
-FAILED = """Random seed: 0x6b8b4567
+PLACE = "x86_64/debug_regs.c:108: run->exit_reason == KVM_EXIT_DEBUG"
+FAILED = f"""Random seed: 0x6b8b4567
 ==== Test Assertion Failure ====
-  x86_64/debug_regs.c:108: run->exit_reason == KVM_EXIT_DEBUG
+  {PLACE}
   pid=812 tid=812 errno=4 - Interrupted system call
   INT3: exit 8 exception -559038737
 """
@@ -35,7 +36,7 @@ PASSED = outcome(Verdict.PASS)
     [
         ("all well", "", 0, 3, Verdict.PASS, ""),
         ("1..0 # SKIP - Requirement not met: sev\n", "", 4, 0, Verdict.SKIP, "Requirement not met: sev"),
-        (FAILED, "", 254, 1, Verdict.FAIL, "x86_64/debug_regs.c:108: run->exit_reason == KVM_EXIT_DEBUG"),
+        (FAILED, "", 254, 1, Verdict.FAIL, f"{PLACE}; INT3: exit 8 exception -559038737"),
         ("one\ntwo\n\n", "", 1, 1, Verdict.FAIL, "two"),
         ("", "", 1, 1, Verdict.FAIL, "it said nothing"),
         ("one", "", 139, 1, Verdict.FAIL, "signal 11: one"),
