@@ -12,7 +12,7 @@ import typer
 from kvmi_host.cli.options import CpuVendor, Kernel, Vendor
 from kvmi_host.host.kernels import Series
 
-_DEADLINES = {Vendor.AMD: 120, Vendor.INTEL: 60}
+_DEADLINES = {Vendor.AMD: 180, Vendor.INTEL: 60}
 """Seconds for a test. A second of Bochs's takes five to six of ours."""
 
 _SILENCE = 900
@@ -36,7 +36,7 @@ def selftests(
     ] = None,
     deadline: Annotated[
         int | None,
-        typer.Option(min=1, help="Seconds for each test, by its host's clock. [default: 120; Intel's 60]"),
+        typer.Option(min=1, help="Seconds for each test, by its host's clock. [default: 180; Intel's 60]"),
     ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="What its hosts are called. [default: selftests-CPU-KERNEL]")

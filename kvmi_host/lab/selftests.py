@@ -40,20 +40,32 @@ _TOP = PurePosixPath("/opt/kvm-selftests")
 _RUN = _TOP / "run"
 _MARK = "kvm-selftests:"
 
+_ARGUMENTS = {
+    "access_tracking_perf_test": "-b 64M",
+    "demand_paging_test": "-b 64M",
+    "dirty_log_perf_test": "-b 64M",
+    "dirty_log_test": "-i 3 -M clear-log",
+    "kvm_page_table_test": "-b 64M",
+    "memslot_modification_stress_test": "-b 64M",
+    "memslot_perf_test": "-l 1 -s 512",
+}
+"""Of tests that would touch a gigabyte of guest memory, or go on for seconds: too much for an emulated CPU."""
+
 # A test gets no terminal and a process group of its own, which ends with it. Some use sudo; there is none in the host.
 _PROGRAMS: Mapping[PurePosixPath, bytes] = {
     _TOP / "bin" / "sudo": b'#!/bin/sh\nexec "$@"\n',
     _RUN: f"""#!/bin/sh
-# run DEADLINE TEST...: each test's output and what the kernel said, between marks.
+# run DEADLINE COMMAND...: each test's output and what the kernel said, between marks.
 deadline=$1
 shift
 cd {_TOP}
 PATH={_TOP}/bin:$PATH
-for test; do
+for command; do
+	test=${{command%% *}}
 	printf '\\n{_MARK} begin %s\\n' "$test"
 	dmesg --clear
 	begin=$(date +%s)
-	timeout --kill-after 5 "$deadline" "./$test" < /dev/null 2>&1
+	timeout --kill-after 5 "$deadline" ./$command < /dev/null 2>&1
 	status=$?
 	seconds=$(($(date +%s) - begin))
 	printf '\\n{_MARK} kernel\\n'
@@ -224,6 +236,10 @@ Runner = Callable[[Sequence[str], Record], None]
 """Runs tests in their order on one host, which it starts and ends, and records what they come to."""
 
 
+def _command(tests: Iterable[str], deadline: int) -> list[str]:
+    return [str(_RUN), str(deadline), *(f"{test} {_ARGUMENTS.get(test, '')}".strip() for test in tests)]
+
+
 def _programs(folder: Path, tests: Iterable[str]) -> dict[PurePosixPath, bytes]:
     """What has to be in the host: the tests, and what they are run with. A script needs the program of its name."""
     wanted = {name for test in tests for name in (test, test.removesuffix(".sh")) if (folder / name).is_file()}
@@ -247,7 +263,7 @@ def in_box(box: Box, folder: Path, deadline: int) -> Runner:
                     box.run("tar -xz --no-same-owner -C /", stdin=stream)
                 transcript = Transcript(record, deadline)
                 try:
-                    command = [str(_RUN), str(deadline), test]
+                    command = _command([test], deadline)
                     box.run(command, deadline=deadline + _SLACK, check=False, on_output=transcript.feed)
                     if not transcript.ended:
                         raise LabError(f"{test} ended without a result")
@@ -273,7 +289,7 @@ def in_bochs(host: BochsHost, folder: Path, deadline: int) -> Runner:
         left = list(tests)
         while left:
             transcript = Transcript(record, deadline)
-            command = shlex.join([str(_RUN), str(deadline), *left])
+            command = shlex.join(_command(left, deadline))
             try:
                 host.run(command, [], transcript.feed, _programs(folder, left))
                 if transcript.ended < len(left):
