@@ -219,8 +219,8 @@ def test_table_marks_what_differs() -> None:
         "| test       | stock                      | ours                       | reason |",
         "| ---------- | -------------------------- | -------------------------- | ------ |",
         "| cpuid_test | pass                       | pass                       |  |",
-        "| smm_test   | pass, then pass, then pass | fail, then fail, then fail | **DIFFERS**: passed / a \\| b |",
-        "| evmcs_test | skip, then skip            | fail, then skip            | flaky: no SMM |",
+        "| smm_test   | pass, then pass, then pass | fail, then fail, then fail | **DIFFERS**: pass / a \\| b |",
+        "| evmcs_test | skip, then skip            | fail, then skip            | flaky: no SMM / a \\| b |",
     ]
 
 
