@@ -46,7 +46,6 @@ _ARGUMENTS = {
     "dirty_log_perf_test": "-b 64M",
     "dirty_log_test": "-i 3 -M clear-log",
     "kvm_page_table_test": "-b 64M",
-    "max_guest_memory_test": "-c 1 -m 1 -s 1",
     "memslot_modification_stress_test": "-b 64M",
     "memslot_perf_test": "-l 1 -s 512 -e 4",
 }
