@@ -55,6 +55,10 @@ storm: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
 storm: ## Events of every kind on VCPUS=8 at once, answered at random, for MINUTES=5
 	@$(CAMPAIGN) -k "test_fuzz and storm" -- --seed $(SEED) --storm-seconds $$((60 * $(MINUTES))) --storm-vcpus $(VCPUS)
 
+.PHONY: kvm-selftests
+kvm-selftests: ## KVM's own selftests with stock modules and with ours, compared; KERNEL, CPU, T=regex chooses tests
+	@$(IN_ENVIRONMENT) kvmi-host selftests $(if $(T),-k "$(T)")
+
 .PHONY: lint
 lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint

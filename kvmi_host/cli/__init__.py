@@ -25,6 +25,7 @@ _VERBS = {
     "replay": "kvmi_host.cli.replay",
     "hwtest": "kvmi_host.cli.hwtest",
     "bench": "kvmi_host.cli.bench",
+    "selftests": "kvmi_host.cli.selftests",
 }
 """Each module holds a Typer application ``app``."""
 

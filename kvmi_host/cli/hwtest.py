@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from kvmi_host.cli.options import Kernel
+from kvmi_host.cli.options import CpuVendor, Kernel, Vendor
 from kvmi_host.host.kernels import Series
 
 app = typer.Typer(name="hwtest", pretty_exceptions_enable=False)
@@ -23,13 +23,6 @@ class Host(StrEnum):
     LOCAL = "local"
 
 
-class Cpu(StrEnum):
-    """Whose CPU the box has."""
-
-    AMD = "amd"
-    INTEL = "intel"
-
-
 @app.command()
 def hwtest(
     extra: Annotated[list[str] | None, typer.Argument(metavar="[-- PYTEST_ARGUMENT...]", show_default=False)] = None,
@@ -37,9 +30,7 @@ def hwtest(
         Host, typer.Option(envvar="HOST", help="A host in a box of its own, or this machine, as root.")
     ] = Host.BOX,
     kernel: Kernel = Series.V6_1,
-    cpu: Annotated[
-        Cpu, typer.Option(envvar="CPU", help="AMD's SVM, emulated by QEMU, or Intel's VMX, emulated by Bochs.")
-    ] = Cpu.AMD,
+    cpu: CpuVendor = Vendor.AMD,
     report: Annotated[Path, typer.Option(help="Folder for junit.xml and kernel logs.")] = Path("build/hardware"),
     expression: Annotated[str | None, typer.Option("-k", metavar="EXPR", help="Which tests, as pytest's -k.")] = None,
     modules: Annotated[
@@ -69,7 +60,7 @@ def hwtest(
     name = name or f"hwtest-{cpu}-{kernel.replace('.', '-')}"
     if host is Host.LOCAL:
         raise typer.Exit(suite.run(suite.here, report, expression, extra or []))
-    if cpu is Cpu.INTEL:
+    if cpu is Vendor.INTEL:
         intel = suite.in_bochs(BochsHost(name, kernel, modules))
         raise typer.Exit(suite.run(intel, report, expression, extra or []))
     box = Box(name, kernel, modules, smp)

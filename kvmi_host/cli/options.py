@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -15,6 +16,18 @@ Connect = Annotated[
 ]
 
 Kernel = Annotated[Series, typer.Option(envvar="KERNEL", help="Which of Debian 12's kernels the host in a box runs.")]
+
+
+class Vendor(StrEnum):
+    """Whose CPU the box has."""
+
+    AMD = "amd"
+    INTEL = "intel"
+
+
+CpuVendor = Annotated[
+    Vendor, typer.Option("--cpu", envvar="CPU", help="AMD's SVM, emulated by QEMU, or Intel's VMX, emulated by Bochs.")
+]
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 

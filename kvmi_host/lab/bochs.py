@@ -14,9 +14,10 @@ import re
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from kvmi_host.host.kernels import Series
 from kvmi_host.lab import cache, deploy, images
@@ -25,7 +26,7 @@ from kvmi_host.lab.paths import program, project_root, run_dir
 from kvmi_host.lab.progress import build, step, tail
 
 SILENCE = 1200
-"""Seconds without a word on either serial line after which the host is taken to hang."""
+"""Seconds that a host may be silent, unless it is told otherwise."""
 
 _EXCHANGE_SIZE = 128 * 16 * 63 * 512
 """Of the second disk, in bytes: whole cylinders."""
@@ -97,10 +98,14 @@ class BochsHost:
     :param name: as a box's.
     :param kernel: the kernel that it boots.
     :param modules: as a box's.
+    :param silence: seconds without a word on either serial line after which it is taken to hang.
     """
 
-    def __init__(self, name: str, kernel: Series = Series.V6_1, modules: str | None = None) -> None:
+    def __init__(
+        self, name: str, kernel: Series = Series.V6_1, modules: str | None = None, silence: float = SILENCE
+    ) -> None:
         self.name = name
+        self._silence = silence
         self._series = kernel
         self._modules = modules
         self._run = run_dir(name, ".bochs")
@@ -111,7 +116,11 @@ class BochsHost:
         return self._run / "console.log"
 
     def run(
-        self, command: str, wanted: Sequence[str], on_output: Callable[[str], None]
+        self,
+        command: str,
+        wanted: Sequence[str],
+        on_output: Callable[[str], None],
+        programs: Mapping[PurePosixPath, bytes] = MappingProxyType({}),
     ) -> tuple[int, dict[str, bytes]]:
         """Boot it, run a command as root, and end it.
 
@@ -120,6 +129,7 @@ class BochsHost:
         :param command: for its shell.
         :param wanted: files that the command leaves, with their full paths.
         :param on_output: called with each piece of output, of both streams, as it comes.
+        :param programs: what else is to be there, executable, by its full path.
         :return: the command's exit status, and the contents of those files that there were.
         :raise LabError: when it does not boot, or hangs, or its kernel panics.
         """
@@ -130,7 +140,7 @@ class BochsHost:
         kernel = image.kernel(self._series)
         initrd = images.initrd(kernel, modules)
         script = _first_process(command, wanted)
-        archive = deploy.archive(project_root(), images.guest_images(), {_FIRST_PROCESS: script})
+        archive = deploy.archive(project_root(), images.guest_images(), {**programs, _FIRST_PROCESS: script})
         with cache.locked(f"bochs_{self.name}"):
             for file in self._run.iterdir():
                 file.unlink()
@@ -188,7 +198,7 @@ class BochsHost:
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         output = self._run / "output.log"
-        shown, heard, until = 0, 0, time.monotonic() + SILENCE
+        shown, heard, until = 0, 0, time.monotonic() + self._silence
         ended = False
         while not ended:
             # Asked before reading: what came before the end is read below.
@@ -202,11 +212,11 @@ class BochsHost:
                 if piece:
                     yield decoder.decode(piece)
             if len(console) + shown > heard:
-                heard, until = len(console) + shown, time.monotonic() + SILENCE
+                heard, until = len(console) + shown, time.monotonic() + self._silence
             if wrong := re.search(rb"kvmi-lab: failed.*|Kernel panic.*", console):
                 raise self._error(wrong[0].decode(errors="replace").strip())
             if time.monotonic() > until:
-                raise self._error(f"nothing came on its serial lines for {SILENCE} s")
+                raise self._error(f"nothing came on its serial lines for {self._silence:g} s")
             time.sleep(0 if ended else 0.2)
 
     def _results(self) -> tuple[int, dict[str, bytes]]:

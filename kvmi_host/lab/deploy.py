@@ -8,7 +8,7 @@ import py_compile
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -77,27 +77,41 @@ def _compiled(file: Path, place: PurePosixPath) -> bytes | None:
         return Path(output.name).read_bytes()
 
 
+def pack(programs: Mapping[PurePosixPath, bytes], files: Iterable[tuple[PurePosixPath, bytes]] = ()) -> bytes:
+    """A tar stream, compressed: what the emulated machine must decrypt costs more than the rest.
+
+    :param programs: what is executable, by its full path on the host.
+    :param files: what is not.
+    """
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as tar:
+
+        def add(place: PurePosixPath, data: bytes, mode: int) -> None:
+            member = tarfile.TarInfo(str(place.relative_to("/")))
+            member.size, member.mode = len(data), mode
+            tar.addfile(member, io.BytesIO(data))
+
+        for place, data in programs.items():
+            add(place, data, 0o755)
+        for place, data in files:
+            add(place, data, 0o644)
+    return stream.getvalue()
+
+
 def archive(
     root: Path, guests: Mapping[str, Path], programs: Mapping[PurePosixPath, bytes] = MappingProxyType({})
 ) -> bytes:
-    """The tar stream for :data:`SCRIPT`, compressed: what the emulated machine must decrypt costs more than the rest.
+    """The tar stream for :data:`SCRIPT`.
 
     :param root: the source tree.
     :param guests: files of guest images by their name on the host.
     :param programs: what else is to be there, executable, by its full path.
     """
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as tar:
 
-        def add(place: PurePosixPath, data: bytes, mode: int = 0o644) -> None:
-            member = tarfile.TarInfo(str(place.relative_to("/")))
-            member.size, member.mode = len(data), mode
-            tar.addfile(member, io.BytesIO(data))
-
-        for place, script in {PurePosixPath("/usr/local/bin/kvmi-host"): _LAUNCHER.encode(), **programs}.items():
-            add(place, script, 0o755)
+    def files() -> Iterator[tuple[PurePosixPath, bytes]]:
         for place, file in _contents(root, guests):
-            add(place, file.read_bytes())
+            yield place, file.read_bytes()
             if place.suffix == ".py" and (code := _compiled(file, place)):
-                add(place.parent / "__pycache__" / f"{place.stem}.cpython-311.pyc", code)
-    return stream.getvalue()
+                yield place.parent / "__pycache__" / f"{place.stem}.cpython-311.pyc", code
+
+    return pack({PurePosixPath("/usr/local/bin/kvmi-host"): _LAUNCHER.encode(), **programs}, files())

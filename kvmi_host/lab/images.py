@@ -178,6 +178,18 @@ def bochs() -> Path:
     return cache.entry("bochs", cache.digest(recipe), make)
 
 
+def selftests(series: Series) -> Path:
+    """The folder with KVM's own selftests of that kernel, and their names in ``tests``: see ``kernel/selftests``."""
+    recipe = project_root() / "kernel" / "selftests"
+    packages = [_package_version(package) for package in (f"linux-source-{series}", "gcc", "libc6-dev")]
+    key = cache.digest(recipe, recipe.parent / "prepare", series, *packages)
+
+    def make(out: Path) -> None:
+        build(f"building KVM's selftests of {series}", [recipe, series, out])
+
+    return cache.entry("selftests", key, make, keep=len(Series))
+
+
 def guest_images() -> dict[str, Path]:
     """The files of the guest images of this tree, each under the name that it has in the box.
 

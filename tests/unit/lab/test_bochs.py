@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kvmi_host.lab import bochs
 from kvmi_host.lab.bochs import BochsHost
 from kvmi_host.lab.errors import LabError
 
@@ -57,10 +56,9 @@ def test_host_that_gives_up_is_not_waited_for(host: BochsHost, start: Start, lin
         list(host._output(start(f"echo '[ 1.0] {line}' > console.log; exec sleep 60")))
 
 
-def test_silence_has_an_end(host: BochsHost, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bochs, "SILENCE", 0.3)
+def test_silence_has_an_end(start: Start) -> None:
     with pytest.raises(LabError, match=r"nothing came(.|\n)*its last words"):
-        list(host._output(start("echo its last words > console.log; exec sleep 60")))
+        list(BochsHost("intel", silence=0.3)._output(start("echo its last words > console.log; exec sleep 60")))
 
 
 def test_status_and_files_come_back(host: BochsHost) -> None:
