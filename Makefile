@@ -30,7 +30,7 @@ test-unit: ## The unit tests alone
 	@$(IN_ENVIRONMENT) pytest -q tests/unit
 
 .PHONY: test-hardware
-test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12 and CPU=amd|intel choose its host, K=expr tests
+test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12|debug and CPU=amd|intel choose its host, K=expr tests
 	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)")
 
 .PHONY: bench

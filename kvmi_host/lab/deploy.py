@@ -28,9 +28,11 @@ SCRIPT = f"""set -e
 mkdir -p {TOP}
 rm -rf {TOP}/lib {TOP}/tests {TOP}/images {TOP}/deployed
 tar -xz --no-same-owner -C /
-ln -sf "/boot/vmlinuz-$(uname -r)" {TOP}/images/linux.vmlinuz
+kernel=/boot/vmlinuz-$(uname -r)
+[ -e "$kernel" ] || kernel=$(find /boot -name 'vmlinuz-*' | sort | head -n 1)
+ln -sf "$kernel" {TOP}/images/linux.vmlinuz
 """
-"""What unpacks the stream there."""
+"""What unpacks the stream there. The debug kernel is not in ``/boot``: Linux as a guest is Debian's then."""
 
 
 def _contents(root: Path, guests: Mapping[str, Path]) -> Iterator[tuple[PurePosixPath, Path]]:
