@@ -30,7 +30,7 @@ test-unit: ## The unit tests alone
 	@$(IN_ENVIRONMENT) pytest -q tests/unit
 
 .PHONY: test-hardware
-test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12, CPU=amd|intel, PAGING=shadow choose its host, K=expr tests
+test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12|debug, CPU=amd|intel, PAGING=shadow choose its host, K=expr tests
 	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)") \
 		$(if $(PAGING),-- --paging $(PAGING))
 

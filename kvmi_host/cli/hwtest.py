@@ -41,7 +41,8 @@ def hwtest(
     ] = None,
     smp: Annotated[int, typer.Option(min=1, max=16, help="CPUs of the box (not with Bochs).")] = 1,
     deadline: Annotated[
-        float | None, typer.Option(help="Seconds after which the suite is ended (not with Bochs). [default: 1500]")
+        float | None,
+        typer.Option(help="Seconds after which the suite is ended (not with Bochs). [default: 1500; debug: 6000]"),
     ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the box up, to look around in it (not with Bochs).")
@@ -61,12 +62,14 @@ def hwtest(
     if host is Host.LOCAL:
         raise typer.Exit(suite.run(suite.here, report, expression, extra or []))
     if cpu is Vendor.INTEL:
+        if kernel is Series.DEBUG:
+            raise typer.BadParameter("the debug kernel has no driver for the disks of the Intel host")
         intel = suite.in_bochs(BochsHost(name, kernel, modules))
         raise typer.Exit(suite.run(intel, report, expression, extra or []))
     box = Box(name, kernel, modules, smp)
     try:
         box.up()
-        status = suite.run(suite.in_box(box, deadline or suite.DEADLINE), report, expression, extra or [])
+        status = suite.run(suite.in_box(box, deadline), report, expression, extra or [])
     finally:
         if not keep:
             box.down()

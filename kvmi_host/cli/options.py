@@ -15,7 +15,7 @@ Connect = Annotated[
     typer.Option("-c", "--connect", metavar="URI", envvar="LIBVIRT_DEFAULT_URI", help="libvirt's URI, as virsh's."),
 ]
 
-Kernel = Annotated[Series, typer.Option(envvar="KERNEL", help="Which of Debian 12's kernels the host in a box runs.")]
+Kernel = Annotated[Series, typer.Option(envvar="KERNEL", help="What the host in a box runs; debug: 6.1 with checks.")]
 
 
 class Vendor(StrEnum):

@@ -64,7 +64,7 @@ class Box:
         memory: int = 2048,
     ) -> None:
         self.name = name
-        self._series = kernel
+        self.series = kernel
         self._modules = modules
         self._cpus = cpus
         self._memory = memory
@@ -90,10 +90,10 @@ class Box:
         :param fresh: boot in any case, and save nothing.
         :raise LabError: when it does not come up; nothing runs then.
         """
-        with images.kvm_modules(self._series, self._modules) as modules_built:
+        with images.kvm_modules(self.series, self._modules) as modules_built:
             image = images.host_image()
             modules = modules_built()
-        kernel = image.kernel(self._series)
+        kernel = image.kernel(self.series)
         initrd = images.initrd(kernel, modules)
         argv = qemu.command(image.disk, kernel.image, initrd, self._cpus, self._memory)
         key = cache.digest(images.qemu_version(argv[0]), *argv)
@@ -105,15 +105,15 @@ class Box:
                 say(f"{self.name} runs, but from other things than these: replacing it")
                 self.down()
             try:
-                restored = not fresh and self._restore(argv, image, key)
+                restored = not fresh and self._restore(argv, image, kernel, key)
                 if not restored:
-                    self._boot(argv, image, key, save=not fresh)
+                    self._boot(argv, image, kernel, key, save=not fresh)
             except BaseException:
                 self.down()
                 raise
             return self.status()
 
-    def _restore(self, argv: list[str], image: images.HostImage, key: str) -> bool:
+    def _restore(self, argv: list[str], image: images.HostImage, kernel: images.HostKernel, key: str) -> bool:
         """Start from saved state. False when there is none, or none that works, and nothing runs."""
         state = cache.find("state", key)
         if state is None:
@@ -122,7 +122,7 @@ class Box:
             with step(f"restoring the host in a box ({self.name})"):
                 process = qemu.Process.start(self._run, argv, incoming=True)
                 process.restore(state / "memory.zst")
-                self._note(process, image, key, restored=True)
+                self._note(process, image, kernel, key, restored=True)
                 # Its clock stood still since it was saved. This is the first command, too: it shows that all is well.
                 self.shell(_RESTORED_DEADLINE).run(["date", "-u", "-s", f"@{time.time():.3f}"])
         except LabError as error:
@@ -132,15 +132,15 @@ class Box:
             return False
         return True
 
-    def _boot(self, argv: list[str], image: images.HostImage, key: str, save: bool) -> None:
+    def _boot(self, argv: list[str], image: images.HostImage, kernel: images.HostKernel, key: str, save: bool) -> None:
         """Start from power-on, and save the state when it is at its best."""
         with step(f"booting the host in a box ({self.name})"):
             process = qemu.Process.start(self._run, argv)
-            process.wait_console("kvmi-lab: ready", _BOOT_DEADLINE)
-            self._note(process, image, key, restored=False)
+            process.wait_console("kvmi-lab: ready", _BOOT_DEADLINE * self.series.patience)
+            self._note(process, image, kernel, key, restored=False)
         if save:
             with step("having libvirt probe QEMU there"):
-                process.wait_console("kvmi-lab: warm", _WARM_DEADLINE)
+                process.wait_console("kvmi-lab: warm", _WARM_DEADLINE * self.series.patience)
             program("zstd", "zstd")
             with step("saving its state for the next time"):
                 cache.entry("state", key, lambda out: process.save(out / "memory.zst"), keep=4)
@@ -235,14 +235,16 @@ class Box:
 
     # What is kept about it while it runs
 
-    def _note(self, process: qemu.Process, image: images.HostImage, key: str, restored: bool) -> None:
+    def _note(
+        self, process: qemu.Process, image: images.HostImage, kernel: images.HostKernel, key: str, restored: bool
+    ) -> None:
         """Record what other processes of ours need to find and use it."""
         port = process.ssh_port()
         record = {
             "key": key,
             "port": port,
             "image": str(image.path),
-            "kernel": image.kernel(self._series).release,
+            "kernel": kernel.release,
             "modules": self._modules or os.environ.get("KVMI_LAB_MODULES") or "this tree's",
             "restored": restored,
         }

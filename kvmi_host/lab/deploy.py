@@ -24,8 +24,10 @@ _LAUNCHER = f"""#!/bin/sh
 PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"
 """
 
-LINUX = f'ln -sf "/boot/vmlinuz-$(uname -r)" {TOP}/images/linux.vmlinuz'
-"""What makes the host's own kernel that of the Linux guest."""
+LINUX = f"""kernel=/boot/vmlinuz-$(uname -r)
+[ -e "$kernel" ] || kernel=$(find /boot -name 'vmlinuz-*' | sort | head -n 1)
+ln -sf "$kernel" {TOP}/images/linux.vmlinuz"""
+"""What makes the host's own kernel that of the Linux guest; one of Debian's where it is the debug kernel."""
 
 SCRIPT = f"""set -e
 mkdir -p {TOP}

@@ -53,7 +53,10 @@ class HostKernel:
 
 @dataclass(frozen=True)
 class HostImage:
-    """The disk of the host in a box with its kernels and the keys that open it: the folder that its recipe wrote."""
+    """The disk of the host in a box with its kernels and the keys that open it: the folder that its recipe wrote.
+
+    The debug kernel is no part of it: it needs no modules there.
+    """
 
     path: Path
 
@@ -63,8 +66,8 @@ class HostImage:
         return self.path / "root.img"
 
     def kernel(self, series: Series) -> HostKernel:
-        """One of its kernels."""
-        return HostKernel(self.path / "kernels" / series)
+        """The kernel that it is booted with."""
+        return _debug_kernel() if series is Series.DEBUG else HostKernel(self.path / "kernels" / series)
 
     @property
     def key(self) -> Path:
@@ -107,7 +110,7 @@ def _require_root(what: str) -> None:
 
 def host_image() -> HostImage:
     """The host's disk, built if its recipe or a kernel changed since (about a minute, from the network)."""
-    releases = [kernel_release(series) for series in Series]
+    releases = [kernel_release(series) for series in Series.packaged()]
     recipe = project_root() / "vm-images" / "lab-host"
     lock = project_root() / "ci" / "requirements.lock"
     parts = [recipe / name for name in ("build", "packages", "python-packages", "masked-units", "root")]
@@ -120,6 +123,24 @@ def host_image() -> HostImage:
         build("building the disk of the host in a box", [recipe / "build", out, *releases], env)
 
     return HostImage(cache.entry("host", key, make))
+
+
+def _debug_kernel() -> HostKernel:
+    """The kernel that checks itself, built if what it is made of changed since."""
+    recipe = project_root() / "kernel"
+    parts = [recipe / name for name in ("debug-kernel", "debug.config")]
+    key = cache.digest(*parts, _package_version("linux-source-6.1"), _package_version("gcc"))
+
+    def make(out: Path) -> None:
+        build("building the debug kernel", [recipe / "debug-kernel", out])
+
+    return HostKernel(cache.entry("debug_kernel", key, make))
+
+
+def _headers(series: Series) -> Path:
+    if series is Series.DEBUG:
+        return _debug_kernel().path / "headers"
+    return Path(f"/usr/src/linux-headers-{kernel_release(series)}")
 
 
 @contextmanager
@@ -138,8 +159,7 @@ def kvm_modules(series: Series, source: str | None) -> Iterator[Callable[[], Pat
         yield lambda: _with_modules(Path(source))
     else:
         builder = project_root() / "kernel" / "build"
-        headers = f"/usr/src/linux-headers-{kernel_release(series)}"
-        with started("building KVM's modules", [builder, "--headers", headers]) as finish:
+        with started("building KVM's modules", [builder, "--headers", _headers(series)]) as finish:
             yield lambda: _with_modules(Path(finish().rstrip().rpartition("\n")[2]))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvmi_host.attach.vmfd import VmHandle
+from kvmi_host.host.debug_kernel import locks_are_checked, lost_memory
 from kvmi_host.host.kernel_log import TROUBLE
 from kvmi_host.host.kvm import require_introspection
 from kvmi_host.introspect import Session
@@ -87,6 +88,16 @@ def _host(record_testsuite_property: Callable[[str, object], None], pytestconfig
     record_testsuite_property("kernel", here.release)
     record_testsuite_property("paging", str(modules.paging()))
     record_testsuite_property("cpu_vendor", vendor[1] if vendor else "unknown")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checks(_host: None) -> Iterator[None]:
+    """A kernel that checks itself does so from the beginning to the end, and has lost no memory meanwhile."""
+    assert locks_are_checked(), "lockdep has stopped before the first test: the log of the boot says why"
+    lost_memory()
+    yield
+    assert not (lost := lost_memory()), f"memory is lost:\n{lost}"
+    assert locks_are_checked(), "lockdep has stopped: the kernel's log says why"
 
 
 @pytest.fixture(scope="session")
