@@ -46,6 +46,8 @@ def selftests(
 
     Fails when a test comes to something else with ours. What differs is run again, up to twice, on both sides.
     """
+    if kernel is Series.DEBUG:
+        raise typer.BadParameter("the selftests are those of Debian's kernels: 6.1 or 6.12", param_hint="--kernel")
     # Here, not above: `kvmi-host --help` imports this module, and none of these.
     from kvmi_host.lab import Box, images
     from kvmi_host.lab import selftests as lab

@@ -207,7 +207,7 @@ def selftests(series: Series) -> Path:
     def make(out: Path) -> None:
         build(f"building KVM's selftests of {series}", [recipe, series, out])
 
-    return cache.entry("selftests", key, make, keep=len(Series))
+    return cache.entry("selftests", key, make, keep=len(Series.packaged()))
 
 
 def guest_images() -> dict[str, Path]:
