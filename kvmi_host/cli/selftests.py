@@ -15,7 +15,7 @@ from kvmi_host.host.kernels import Series
 _DEADLINES = {Vendor.AMD: 180, Vendor.INTEL: 60}
 """Seconds for a test. A second of Bochs's takes five to six of ours."""
 
-_SILENCE = 900
+_SILENCE = 600
 """Seconds of ours after which an Intel host is taken to hang: more than a test may take there."""
 
 app = typer.Typer(name="selftests", pretty_exceptions_enable=False)
