@@ -662,8 +662,11 @@ void kvmi_handle_request(struct kvm_vcpu *vcpu)
 	vcpu->kvmi.again = false;
 	kvmi_arch_finish_regs(vcpu);
 
-	if (kvmi)
+	if (kvmi) {
 		iv = kvmi_vcpu_state(kvmi, vcpu);
+		if (!iv)
+			kvmi_shutdown(kvmi);
+	}
 	if (iv) {
 		if (!iv->begun) {
 			vcpu->kvmi.stepped = false;

@@ -118,15 +118,19 @@ static void kvmi_forget_msrs(struct kvm_vcpu *vcpu)
 	static_call(kvm_x86_msr_filter_changed)(vcpu);
 }
 
-static void kvmi_update_msrs(struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu)
+static void kvmi_update_msrs(struct kvmi *kvmi, struct kvmi_vcpu *iv,
+			     struct kvm_vcpu *vcpu)
 {
 	if (!iv->msrs_changed)
 		return;
 	if (!vcpu->kvmi.msr_writes)
 		vcpu->kvmi.msr_writes = bitmap_zalloc(KVMI_NUM_MSRS,
 						      GFP_KERNEL_ACCOUNT);
-	if (!vcpu->kvmi.msr_writes)
+	if (!vcpu->kvmi.msr_writes) {
+		/* It was promised events that would not come. */
+		kvmi_shutdown(kvmi);
 		return;
+	}
 	bitmap_copy(vcpu->kvmi.msr_writes, iv->msr_writes, KVMI_NUM_MSRS);
 	iv->msrs_changed = false;
 	/* It looks at every MSR that could be the guest's own. */
@@ -157,7 +161,7 @@ void kvmi_arch_intercept(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 	}
 
 	if (events & BIT(KVMI_EVENT_MSR))
-		kvmi_update_msrs(iv, vcpu);
+		kvmi_update_msrs(kvmi, iv, vcpu);
 	else
 		kvmi_forget_msrs(vcpu);
 	if (iv && !(events & BIT(KVMI_EVENT_MSR)))
