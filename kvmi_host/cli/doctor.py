@@ -8,17 +8,14 @@ from dataclasses import asdict
 
 import typer
 
+from kvmi_host.cli import HOST_CANNOT
 from kvmi_host.cli.options import Json
 
 app = typer.Typer(name="doctor", pretty_exceptions_enable=False)
 
-_HOST_CANNOT = 3
-
 
 @app.command()
-def doctor(
-    as_json: Json = False,
-) -> None:
+def doctor(as_json: Json = False) -> None:
     """Say what this host needs for introspection: what is there, what is missing, and what to do.
 
     Exit status: 0 all is there, 3 something is missing.
@@ -37,4 +34,4 @@ def doctor(
         if finding.remedy:
             typer.echo(f"{'':7}  -> {finding.remedy}")
     if missing:
-        raise typer.Exit(_HOST_CANNOT)
+        raise typer.Exit(HOST_CANNOT)
