@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from kvmi_host.attach import FULL, OBSERVE, AttachError, NotHooked, Policy, VmHandle
-from kvmi_host.host.footprint import NOTHING, Footprint, footprint, receivers, users_of_kvm
+from kvmi_host.host.footprint import NOTHING, Footprint, footprint, receivers
 from kvmi_host.protocol import Access, Command, ErrorCode, Event, EventId, Frame, Framer, command_name, frame
 from kvmi_host.testing.fuzz import SERVED, Exchange, Fuzzer, Message
 from kvmi_host.testing.live import DEADLINE, LiveError, LiveGuest, hook, hook_socket
@@ -292,23 +292,21 @@ class Campaign:
         self._tell = tell
         self._scratch = tuple(page(index) for index in range(2 * vcpus))
         self._fuzzer = Fuzzer(self._random, self._exchange(), harm=_HARM if profile is Profile.ANYTHING else 0)
+        self._others = receivers()
         self._guest = self._boot()
         self._silent = 0
 
     def run(self) -> Report:
         """Do it.
 
-        :raise LiveError: the guest or a session is not well. Its notes say how to do it again.
+        :raise LiveError: the guest or a session is not well, or stays behind. Its notes say how to do it again.
         """
         try:
             self._start()
             self._session()
-            self.report.before = footprint()
+            self.report.before = self._rest()
             self._throw()
-            if self.report.profile is Profile.ANYTHING:
-                self._replace()
-            self._rest()
-            self.report.after = footprint()
+            self.report.after = self._rest()
             self._finish()
         except Exception as error:
             error.add_note(str(self.report))
@@ -462,23 +460,31 @@ class Campaign:
             line.send(piece)
 
     def _replace(self) -> None:
+        self.report.replaced += 1
+        self._renew()
+
+    def _renew(self) -> None:
         self._silent = 0
         self._guest.kill()
-        self.report.replaced += 1
         self._guest = self._boot()
         self._start()
 
-    def _rest(self) -> None:
-        """Wait until all sessions, and the neighbours, are gone."""
-        before = self.report.before
+    def _rest(self) -> Footprint:
+        """What is held when the guest lives, however the last session has left it, and has no session."""
+        if self.report.profile is Profile.ANYTHING:
+            self._renew()
         deadline = monotonic() + DEADLINE
-        while (receivers(), users_of_kvm()) != (before.threads, before.users):
+        while receivers() > self._others:
             if monotonic() > deadline:
-                raise LiveError("a session or a VM is left behind")
+                raise LiveError(f"{receivers() - self._others} sessions do not end")
             sleep(0.1)
+        return footprint()
 
     def _finish(self) -> None:
-        """The guest is as well as before."""
+        """No VM has stayed behind, and the guest is as well as before."""
+        before, after = self.report.before.users, self.report.after.users
+        if after != before:
+            raise LiveError(f"a VM is left behind, or lost: {after} users of KVM's modules, {before} before")
         self._goes_on()
         with hook(self._guest) as session:
             Puppet(session).settle(self._vcpus)
