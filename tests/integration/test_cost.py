@@ -15,7 +15,7 @@ EXITS = ("pio", "cpuid", "msr", "hypercall")
 DEARER = 1.01
 """How much dearer an exit of a VM that is not hooked may be."""
 
-EVENTS = {"msr": 36_000, "cr3": 36_000, "hypercall": 36_000, "breakpoint": 40_500, "page": 42_500}
+EVENTS = {"msr": 34_500, "cr3": 34_500, "hypercall": 34_500, "breakpoint": 36_500, "page": 39_500}
 """
 Instructions that an event may cost. Which of the two threads the host's scheduler runs first is the same in each run,
 but not after each change, which makes a difference of up to a tenth: that is how far these are above what was counted.

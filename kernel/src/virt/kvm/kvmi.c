@@ -164,13 +164,75 @@ static void kvmi_end(struct kvmi *kvmi)
 	complete_all(&kvmi->done);
 }
 
+/* ---- reading ---- */
+
+/* Something came, or the socket was shut down; called by whoever did that. */
+static int kvmi_sock_wake(struct wait_queue_entry *wait, unsigned int mode,
+			  int flags, void *key)
+{
+	struct kvmi *kvmi = container_of(wait, struct kvmi, sock_wait);
+	struct kvmi_vcpu *reader;
+
+	if (key && !(key_to_poll(key) & (EPOLLIN | EPOLLERR | EPOLLHUP)))
+		return 0;
+	WRITE_ONCE(kvmi->readable, true);
+	/* Pairs with that in kvmi_wait_for_job(): one of the two sees it. */
+	smp_mb();
+	reader = READ_ONCE(kvmi->reader);
+	wake_up(reader ? &reader->wq : &kvmi->wq);
+	return 0;
+}
+
+static bool kvmi_has_job(struct kvmi_vcpu *iv)
+{
+	return !list_empty_careful(&iv->jobs);
+}
+
+/*
+ * Serves what has come. A vCPU, @iv, does so until something is for itself; it
+ * does not wait for its turn if it is to die.
+ */
+static int kvmi_read(struct kvmi *kvmi, struct kvmi_vcpu *iv)
+{
+	int ret = 1;
+
+	if (mutex_lock_killable(&kvmi->recv_lock))
+		return -EINTR;
+	WRITE_ONCE(kvmi->readable, false);
+	/* What comes after this sets it again; what came before is read now. */
+	smp_mb();
+	while (ret > 0 && !kvmi->finished && !(iv && kvmi_has_job(iv)))
+		ret = kvmi_receive(kvmi);
+	if (ret > 0 && !kvmi->finished && kvmi_has_more(kvmi))
+		WRITE_ONCE(kvmi->readable, true);
+	if (ret < 0) {
+		WRITE_ONCE(kvmi->finished, true);
+		wake_up(&kvmi->wq);
+	}
+	mutex_unlock(&kvmi->recv_lock);
+
+	return 0;
+}
+
+static bool kvmi_can_read(struct kvmi *kvmi)
+{
+	return READ_ONCE(kvmi->readable) && !READ_ONCE(kvmi->finished);
+}
+
 static int kvmi_receiver(void *arg)
 {
 	struct kvmi *kvmi = arg;
 	struct kvm *kvm = kvmi->kvm;
 
-	while (kvmi_receive(kvmi))
-		;
+	add_wait_queue(sk_sleep(kvmi->sock->sk), &kvmi->sock_wait);
+	while (!READ_ONCE(kvmi->finished)) {
+		kvmi_read(kvmi, NULL);
+		wait_event_idle(kvmi->wq,
+				READ_ONCE(kvmi->finished) ||
+				(READ_ONCE(kvmi->readable) &&
+				 !READ_ONCE(kvmi->reader)));
+	}
+	remove_wait_queue(sk_sleep(kvmi->sock->sk), &kvmi->sock_wait);
 
 	kvmi_end(kvmi);
 	kvmi_put(kvmi);
@@ -254,6 +316,9 @@ static struct kvmi *kvmi_alloc(struct kvm *kvm,
 	kvmi->observe = hook->flags & KVM_INTROSPECTION_OBSERVE;
 	init_completion(&kvmi->done);
 	mutex_init(&kvmi->send_lock);
+	mutex_init(&kvmi->recv_lock);
+	init_waitqueue_head(&kvmi->wq);
+	init_waitqueue_func_entry(&kvmi->sock_wait, kvmi_sock_wake);
 	xa_init(&kvmi->vcpus);
 	xa_init(&kvmi->access);
 	set_bit(KVMI_GET_VERSION, kvmi->cmd_allowed);
@@ -561,12 +626,36 @@ static void kvmi_spin(struct kvmi *kvmi, struct kvmi_vcpu *iv)
 {
 	ktime_t now = ktime_get(), stop = ktime_add_ns(now, KVMI_SPIN_NS);
 
-	while (list_empty_careful(&iv->jobs) && !READ_ONCE(kvmi->ended) &&
-	       single_task_running() && !need_resched() &&
-	       ktime_before(now, stop)) {
+	while (!kvmi_has_job(iv) && !READ_ONCE(kvmi->ended) &&
+	       !kvmi_can_read(kvmi) && single_task_running() &&
+	       !need_resched() && ktime_before(now, stop)) {
 		cpu_relax();
 		now = ktime_get();
 	}
+}
+
+/* Sleeps until there is a job, or the session is over; meanwhile, reads. */
+static int kvmi_wait_for_job(struct kvmi *kvmi, struct kvmi_vcpu *iv)
+{
+	bool reads = !cmpxchg(&kvmi->reader, NULL, iv);
+	int err = 0;
+
+	while (!err && !kvmi_has_job(iv) && !READ_ONCE(kvmi->ended)) {
+		kvmi_spin(kvmi, iv);
+		err = wait_event_killable(iv->wq, kvmi_has_job(iv) ||
+					  READ_ONCE(kvmi->ended) ||
+					  (reads && kvmi_can_read(kvmi)));
+		if (!err && reads && kvmi_can_read(kvmi))
+			err = kvmi_read(kvmi, iv);
+	}
+	if (reads) {
+		WRITE_ONCE(kvmi->reader, NULL);
+		/* Pairs with that in kvmi_sock_wake(). */
+		smp_mb();
+		if (READ_ONCE(kvmi->readable))
+			wake_up(&kvmi->wq);
+	}
+	return err;
 }
 
 /* Serves the vCPU's commands until its reply is there; 0: a valid one. */
@@ -574,10 +663,7 @@ int kvmi_wait_for_reply(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 			struct kvm_vcpu *vcpu)
 {
 	while (iv->waiting) {
-		kvmi_spin(kvmi, iv);
-		if (wait_event_killable(iv->wq,
-					!list_empty_careful(&iv->jobs) ||
-					READ_ONCE(kvmi->ended)))
+		if (kvmi_wait_for_job(kvmi, iv))
 			return -EINTR;
 		if (READ_ONCE(kvmi->ended))
 			return -ENOTCONN;

@@ -10,10 +10,14 @@
  * arch/x86/kvm/mmu/kvmi.c     access to pages
  *
  * Life of a session: KVM_INTROSPECTION_HOOK makes it and starts its receiving
- * thread. The session ends when that thread can read no more: the peer closed
- * the socket or broke the protocol, or a forced unhook or the release of the
- * VM shut the socket down. Whoever has a reason to end a session shuts its
- * socket down and goes on; only the receiving thread takes it apart.
+ * thread. The session ends when nothing more is read: the peer closed the
+ * socket or broke the protocol, or a forced unhook or the release of the VM
+ * shut the socket down. Whoever has a reason to end a session shuts its socket
+ * down and goes on; only the receiving thread takes it apart.
+ *
+ * What comes from the peer is read by the receiving thread or, so that a reply
+ * needs one wake-up and not two, by a vCPU that waits for one. Either serves
+ * whatever it reads.
  *
  * Everybody else holds a reference while it uses the session (kvmi_get()); a
  * vCPU thread does so inside a hook only. The receiving thread holds the VM
@@ -74,11 +78,18 @@ struct kvmi {
 	/* The vCPU that makes an access by itself while all others stand. */
 	struct kvm_vcpu *stepper;
 
-	/*
-	 * Of the receiving thread alone. It reads what there is, which may be
-	 * more than a message: @received bytes from @msg on.
-	 */
+	/* The receiving thread sleeps here, and hears of the socket so. */
+	wait_queue_head_t wq;
+	struct wait_queue_entry sock_wait;
+	bool readable;	/* something may have come since it was last read */
+	/* The waiting vCPU, if any, that is woken up in its place. */
+	struct kvmi_vcpu *reader;
+
+	/* Protects the rest; held while a message is read and served. */
+	struct mutex recv_lock;
+	bool finished;	/* nothing more is read */
 	bool answers_off;
+	/* There may be more than a message: @received bytes from @msg on. */
 	size_t received;
 	u8 msg[sizeof(struct kvmi_msg_hdr) + KVMI_MSG_SIZE] __aligned(8);
 	u8 page[PAGE_SIZE];
@@ -152,7 +163,8 @@ int kvmi_wait_for_reply(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 			struct kvm_vcpu *vcpu);
 
 /* kvmi_msg.c */
-bool kvmi_receive(struct kvmi *kvmi);
+int kvmi_receive(struct kvmi *kvmi);
+bool kvmi_has_more(struct kvmi *kvmi);
 int kvmi_run_job(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 		 struct kvm_vcpu *vcpu, const struct kvmi_job *job);
 int kvmi_answer(const struct kvmi_ctx *ctx, int err, const void *data,

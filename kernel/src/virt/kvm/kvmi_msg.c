@@ -26,8 +26,12 @@
 
 /* ---- the socket ---- */
 
-/* Reads until there are @size bytes at least, which the buffer has room for. */
-static bool kvmi_sock_read(struct kvmi *kvmi, size_t size)
+/*
+ * Reads what there is if there are less than @size bytes, which the buffer has
+ * room for. Returns 1 if there are now, 0 if they are yet to come, and an error
+ * at the end of the stream.
+ */
+static int kvmi_sock_read(struct kvmi *kvmi, size_t size)
 {
 	struct msghdr msg = {};
 	struct kvec vec;
@@ -36,12 +40,15 @@ static bool kvmi_sock_read(struct kvmi *kvmi, size_t size)
 	while (kvmi->received < size) {
 		vec.iov_base = kvmi->msg + kvmi->received;
 		vec.iov_len = sizeof(kvmi->msg) - kvmi->received;
-		got = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, vec.iov_len, 0);
+		got = kernel_recvmsg(kvmi->sock, &msg, &vec, 1, vec.iov_len,
+				     MSG_DONTWAIT);
+		if (got == -EAGAIN)
+			return 0;
 		if (got <= 0)
-			return false;
+			return -EPIPE;
 		kvmi->received += got;
 	}
-	return true;
+	return 1;
 }
 
 /* Called under @send_lock. Only a fatal signal breaks a message off. */
@@ -98,7 +105,7 @@ int kvmi_answer(const struct kvmi_ctx *ctx, int err, const void *data,
 	return ret;
 }
 
-/* ---- commands of the VM: answered by the receiving thread ---- */
+/* ---- commands of the VM: answered by whoever reads them ---- */
 
 static int kvmi_get_version(const struct kvmi_ctx *ctx, const void *payload,
 			    size_t size)
@@ -243,19 +250,23 @@ static int kvmi_access_guest(struct kvm *kvm, u64 gpa, void *to,
 			     const void *from, size_t size)
 {
 	struct mm_struct *mm = kvm->mm;
+	/* A vCPU's thread is the VMM's. */
+	bool stranger = current->flags & PF_KTHREAD;
 	int err, idx;
 
 	/* The VMM may be on its way out. */
-	if (!mmget_not_zero(mm))
+	if (stranger && !mmget_not_zero(mm))
 		return -EINVAL;
-	kthread_use_mm(mm);
+	if (stranger)
+		kthread_use_mm(mm);
 	idx = srcu_read_lock(&kvm->srcu);
 	err = to ? kvmi_copy_from_guest(kvm, gpa, to, size) :
 		   kvmi_copy_to_guest(kvm, gpa, from, size);
 	srcu_read_unlock(&kvm->srcu, idx);
-	kthread_unuse_mm(mm);
-	mmput(mm);
-
+	if (stranger) {
+		kthread_unuse_mm(mm);
+		mmput(mm);
+	}
 	return err;
 }
 
@@ -501,7 +512,7 @@ struct kvmi_command {
 	size_t size;		/* the least payload, without the vCPU header */
 	bool changes_guest;
 	int (*vm)(const struct kvmi_ctx *ctx, const void *payload, size_t size);
-	/* about a vCPU, but served by the receiving thread */
+	/* about a vCPU, but served by whoever reads it */
 	int (*any)(const struct kvmi_ctx *ctx, struct kvm_vcpu *vcpu,
 		   const void *payload);
 	int (*vcpu)(const struct kvmi_ctx *ctx, struct kvmi_vcpu *iv,
@@ -711,33 +722,44 @@ static int kvmi_dispatch(struct kvmi *kvmi, const struct kvmi_msg_hdr *hdr,
 	return cmd->vm(&ctx, payload, hdr->size);
 }
 
-/* Reads and serves one message; returns false at the end of the session. */
-bool kvmi_receive(struct kvmi *kvmi)
+/*
+ * Reads and serves one message, under @recv_lock. Returns 1, 0 if it is not all
+ * there, and an error if it is the last one.
+ */
+int kvmi_receive(struct kvmi *kvmi)
 {
 	struct kvmi_msg_hdr *hdr = (struct kvmi_msg_hdr *)kvmi->msg;
 	size_t size;
 	int err;
 
 	/* The end of a stream is no news. */
-	if (!kvmi_sock_read(kvmi, sizeof(*hdr)))
-		return false;
+	err = kvmi_sock_read(kvmi, sizeof(*hdr));
+	if (err <= 0)
+		return err;
 
 	size = sizeof(*hdr) + hdr->size;
-	if (hdr->size > KVMI_MSG_SIZE)
-		err = -EMSGSIZE;
-	else if (!kvmi_sock_read(kvmi, size))
-		err = -EPIPE;
-	else
+	err = -EMSGSIZE;
+	if (hdr->size <= KVMI_MSG_SIZE)
+		err = kvmi_sock_read(kvmi, size);
+	if (!err)
+		return 0;
+	if (err > 0)
 		err = kvmi_dispatch(kvmi, hdr, hdr + 1);
 
 	if (err) {
 		kvmi_warn(kvmi, "session ends: message id %u, size %u: %d\n",
 			  hdr->id, hdr->size, err);
-		return false;
+		return err;
 	}
 	kvmi->received -= size;
 	memmove(kvmi->msg, kvmi->msg + size, kvmi->received);
-	return true;
+	return 1;
+}
+
+/* Is there anything that kvmi_receive() has not served? Under @recv_lock. */
+bool kvmi_has_more(struct kvmi *kvmi)
+{
+	return kvmi_sock_read(kvmi, 1);
 }
 
 /* ---- events and their replies ---- */
