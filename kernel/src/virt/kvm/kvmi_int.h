@@ -220,5 +220,6 @@ int kvmi_set_access(struct kvmi *kvmi, gfn_t gfn, u8 access);
 void kvmi_open_page(struct kvmi *kvmi, gfn_t gfn);
 void kvmi_close_pages(struct kvmi *kvmi);
 void kvmi_forget_pages(struct kvmi *kvmi);
+void kvmi_page_written(struct kvm *kvm, gfn_t gfn);
 
 #endif /* __KVMI_INT_H */

@@ -243,15 +243,16 @@ static int kvmi_copy_to_guest(struct kvm *kvm, u64 gpa, const void *data,
 	if (kvm_slot_dirty_track_enabled(slot))
 		set_bit_le(gpa_to_gfn(gpa) - slot->base_gfn,
 			   slot->dirty_bitmap);
+	kvmi_page_written(kvm, gpa_to_gfn(gpa));
 	return 0;
 }
 
 static int kvmi_access_guest(struct kvm *kvm, u64 gpa, void *to,
 			     const void *from, size_t size)
 {
-	struct mm_struct *mm = kvm->mm;
 	/* A vCPU's thread is the VMM's. */
 	bool stranger = current->flags & PF_KTHREAD;
+	struct mm_struct *mm = kvm->mm;
 	int err, idx;
 
 	/* The VMM may be on its way out. */

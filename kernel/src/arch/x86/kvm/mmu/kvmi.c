@@ -147,6 +147,16 @@ int __kvmi_max_mapping_level(struct kvm *kvm, gfn_t gfn, int level)
 	return level;
 }
 
+/*
+ * The page was written from outside of the guest. KVM has protected what it
+ * shadows from the guest's writes alone, and takes it for unchanged even if the
+ * guest executes INVLPG.
+ */
+void kvmi_page_written(struct kvm *kvm, gfn_t gfn)
+{
+	kvm_mmu_unprotect_page(kvm, gfn);
+}
+
 /* ---- faults ---- */
 
 /* Of a nested page fault, or of one in a guest whose tables are shadowed. */
