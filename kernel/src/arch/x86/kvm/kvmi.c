@@ -160,12 +160,13 @@ void kvmi_arch_intercept(struct kvmi *kvmi, struct kvmi_vcpu *iv,
 			crs = iv->cr_writes;
 	}
 
-	if (events & BIT(KVMI_EVENT_MSR))
+	if (events & BIT(KVMI_EVENT_MSR)) {
 		kvmi_update_msrs(kvmi, iv, vcpu);
-	else
+	} else {
 		kvmi_forget_msrs(vcpu);
-	if (iv && !(events & BIT(KVMI_EVENT_MSR)))
-		iv->msrs_changed = iv->msr_writes;
+		if (iv)
+			iv->msrs_changed = iv->msr_writes;
+	}
 
 	if (events == host->events && crs == host->cr_writes &&
 	    step == host->step)
