@@ -79,8 +79,9 @@ def _first_process(command: str, wanted: Sequence[str]) -> bytes:
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /tmp
-mkdir -p /dev/pts
+mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
+mount -t tmpfs tmpfs /dev/shm
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 stty -F /dev/ttyS1 115200 raw
 {deploy.LINUX}
