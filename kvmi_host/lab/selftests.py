@@ -212,14 +212,16 @@ class Transcript:
                 self._into.append(line)
 
     def died(self, error: str, console: str) -> None:
-        """The host did not come back from the test that runs.
+        """The host did not come back from the test that runs, or from the one that ended: that has its verdict.
 
         :param error: how that was noticed.
         :param console: the end of the kernel's console.
-        :raise LabError: no test was running: it is the host that does not work.
+        :raise LabError: no test had begun: it is the host that does not work.
         """
         if self.running is None:
-            raise LabError(error)
+            if not self.ended:
+                raise LabError(error)
+            return
         complaint = next((line for line in console.splitlines() if TROUBLE.search(line)), None)
         reason = re.sub(r"^\[[^]]*\] ", "", complaint or error.splitlines()[0])
         said = "\n".join([*self._said, self._partial])
@@ -267,9 +269,10 @@ def in_box(box: Box, folder: Path, deadline: int) -> Runner:
                     box.run(command, deadline=deadline + _SLACK, check=False, on_output=transcript.feed)
                     if not transcript.ended:
                         raise LabError(f"{test} ended without a result")
+                    ready = record.outcomes[test][-1].verdict not in UPSET
                 except LabError as error:
                     transcript.died(str(error), tail(box.console_log))
-                ready = record.outcomes[test][-1].verdict not in UPSET
+                    ready = False
                 if not ready:
                     box.down()
         finally:

@@ -128,6 +128,13 @@ def test_host_that_dies_is_its_tests_result(record: Record) -> None:
     assert "last words" in died.log
 
 
+def test_host_that_dies_between_two_tests_leaves_the_result_of_the_first(record: Record) -> None:
+    transcript = Transcript(record, DEADLINE)
+    transcript.feed(LINES)
+    transcript.died("it is silent", "")
+    assert {test: len(each) for test, each in record.outcomes.items()} == {"cpuid_test": 1, "smm_test": 1}
+
+
 def test_host_that_dies_without_a_test_is_an_error(record: Record) -> None:
     with pytest.raises(LabError, match="does not boot"):
         Transcript(record, DEADLINE).died("it does not boot", "")
