@@ -15,6 +15,7 @@ from typing import Self
 
 from kvmi_host.attach import FULL, AlreadyHooked, Policy, attach, find_target
 from kvmi_host.attach.session import hand_to_kernel
+from kvmi_host.host.debug_kernel import KMEMLEAK
 from kvmi_host.introspect import Session, SessionClosed
 from kvmi_host.protocol import Event, EventId, Framer, frame
 from kvmi_host.protocol.framing import Frame
@@ -32,8 +33,9 @@ from kvmi_host.testing.modewalk import (
 )
 from kvmi_host.testing.qmp import Monitor
 
-DEADLINE = 60.0
-"""Seconds that anything may take. An emulated host is 10 to 20 times slower than a real one."""
+DEADLINE = 600.0 if KMEMLEAK.exists() else 60.0
+"""Seconds that anything may take. An emulated host is 10 to 20 times slower than a real one, and a kernel that checks
+itself another 10 times."""
 
 
 class LiveError(AssertionError):
