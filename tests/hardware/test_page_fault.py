@@ -258,13 +258,17 @@ def test_what_the_reply_does_not_cover_is_read_from_memory(puppet: Puppet) -> No
 
 
 def test_a_long_string_is_asked_about_less_often_if_the_reply_completes_it(puppet: Puppet) -> None:
-    counts = []
-    for reply in (PageFaultReply(), PageFaultReply(rep_complete=True)):
+    def asked(reply: PageFaultReply) -> int:
         puppet.session.set_page_access({page(1): NO_WRITE})
         events, result = puppet.watch(0, "rep_movsb", made(puppet, reply), rsi=page(3), rdi=page(1), rcx=PAGE)
         assert result.registers.rcx == 0
-        counts.append(len(events))
-    assert counts[1] < counts[0]
+        return len(events)
+
+    # An interrupt of the guest may come in between, and on a slow host does each time.
+    often, less_often = (
+        min(asked(reply) for _ in range(5)) for reply in (PageFaultReply(), PageFaultReply(rep_complete=True))
+    )
+    assert less_often < often
 
 
 @pytest.mark.parametrize(
