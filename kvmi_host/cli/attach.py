@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from kvmi_host import attach as attaching
+import kvmi_host
+from kvmi_host.attach import event_id, find_target, hand_over, policy_for, run_with_session
 from kvmi_host.cli.options import Connect, Json, Vm
 from kvmi_host.cli.tally import Tally
 from kvmi_host.cli.view import View, event_record, facts_record, view_for
@@ -50,24 +51,24 @@ def attach(
     The VM is not stopped, and does not depend on us: when we end, it goes on.
     """
     try:
-        rules = attaching.policy_for(allow)
-        wanted = Wanted.parse([name.strip() for name in events.split(",") if name.strip()], attaching.event_id)
+        rules = policy_for(allow)
+        wanted = Wanted.parse([name.strip() for name in events.split(",") if name.strip()], event_id)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if run != bool(command) or (run and to):
         raise typer.BadParameter("--exec takes a program (--exec -- CMD ARGS), and excludes --to")
     if to:
-        attaching.hand_over(attaching.find_target(vm, connect), to, rules)
+        hand_over(find_target(vm, connect), to, rules)
     elif command:
-        status = attaching.run_with_session(attaching.find_target(vm, connect), command, rules)
+        status = run_with_session(find_target(vm, connect), command, rules)
         raise typer.Exit(status if status >= 0 else 1)
     else:
-        with attaching.attach(vm, uri=connect, allow=rules) as attached, _signals() as signalled:
+        with kvmi_host.attach(vm, uri=connect, allow=rules) as attached, _signals() as signalled:
             _watch(attached, wanted, view_for(as_json), signalled, count, duration)
 
 
 def _watch(
-    attached: attaching.Attached,
+    attached: kvmi_host.Vm,
     wanted: Wanted,
     view: View,
     signalled: list[str],

@@ -16,7 +16,7 @@ from kvmi_host.protocol import Descriptor, Event, EventId, event_name, msr_name
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from kvmi_host.attach import Facts
+    from kvmi_host.introspect import Facts
 
 _COLUMNS = ("seq", "vCPU", "event", "mode", "rip", "detail")
 _PLAIN = "{:>10} {:>4} {:<12} {:>4} {:>18} {}"

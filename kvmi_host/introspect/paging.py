@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The guest's page tables: from a linear address to a physical one, as the CPU would find it.
 
-No I/O: :func:`walk` is a generator that yields the command that reads the entry it needs next, and is sent the entry's
-bytes. Blocking and asyncio code drive the same walk. Formats (Intel SDM, volume 3, chapter 4; AMD APM, volume 2,
-chapter 5)::
+Formats (Intel SDM, volume 3, chapter 4; AMD APM, volume 2, chapter 5)::
 
     format     levels  entry    taken when
     none       0       -        CR0.PG = 0
@@ -15,11 +13,11 @@ chapter 5)::
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvmi_host.protocol import KvmiError, Request, SpecialRegisters, messages
+from kvmi_host.introspect.plans import Plan, ask
+from kvmi_host.protocol import KvmiError, SpecialRegisters, messages
 
 _CR0_PG = 1 << 31
 _CR4_PSE, _CR4_PAE, _CR4_LA57 = 1 << 4, 1 << 5, 1 << 12
@@ -102,7 +100,7 @@ class PageTables:
         return 12 + self.levels * self.index_bits if self.levels > 3 else 32
 
 
-def walk(tables: PageTables, gva: int) -> Generator[Request[bytes], bytes, Translation]:
+def walk(tables: PageTables, gva: int) -> Plan[Translation]:
     """Look an address up.
 
     :raise NotMapped: it leads nowhere.
@@ -118,7 +116,7 @@ def walk(tables: PageTables, gva: int) -> Generator[Request[bytes], bytes, Trans
     for level in range(tables.levels, 0, -1):
         shift = 12 + (level - 1) * index_bits
         at = table + (linear >> shift & ((1 << index_bits) - 1)) * tables.entry_size
-        entry = int.from_bytes((yield messages.read_physical(at, tables.entry_size)), "little")
+        entry = int.from_bytes((yield from ask(messages.read_physical(at, tables.entry_size))), "little")
         if not entry & _PRESENT:
             raise NotMapped(gva, level)
         # The first entries of PAE say nothing but where the next table is.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
@@ -50,12 +50,17 @@ _NOT_ALLOWED = (ErrorCode.EPERM, ErrorCode.ENOENT, ErrorCode.EINVAL)  # forbidde
 
 @dataclass(frozen=True, slots=True)
 class PeerInfo:
-    """Which VM is at the other end. ``start_time``: seconds since the epoch. None: the peer did not say."""
+    """Which VM is at the other end, as far as we were told.
+
+    :ivar start_time: seconds since the epoch.
+    :ivar method: how it was attached to.
+    """
 
     uuid: UUID
     name: str | None = None
     start_time: int | None = None
     pid: int | None = None
+    method: str = "socket"
 
 
 class Session:
@@ -221,6 +226,14 @@ class Session:
         :return: what follows the error code of the answer; empty when the answers are switched off.
         """
         return self._ask(messages.raw(command, payload, vcpu))
+
+    def ask(self, request: Request[T]) -> T:
+        """Any command of :mod:`kvmi_host.protocol.messages`."""
+        return self._ask(request)
+
+    def ask_all(self, requests: Sequence[Request[T]]) -> list[T]:
+        """STUB until merge"""
+        return [self._ask(request) for request in requests]
 
     # -- events
 

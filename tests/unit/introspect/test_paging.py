@@ -47,12 +47,12 @@ class Memory:
     def look_up(self, tables: PageTables, gva: int) -> Translation:
         """Drive a walk, as a session would."""
         walking = walk(tables, gva)
-        request = next(walking)
+        (request,) = next(walking)
         while True:
             gpa, size = struct.unpack("<QQ", request.payload)
             assert size == self.entry_size
             try:
-                request = walking.send(self.entries.get(gpa, 0).to_bytes(size, "little"))
+                (request,) = walking.send([self.entries.get(gpa, 0).to_bytes(size, "little")])
             except StopIteration as end:
                 result: Translation = end.value
                 return result

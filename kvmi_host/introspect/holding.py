@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Holding vCPUs: each waits with an event that is not answered until it may go on.
+
+A vCPU waits with one event at a time. One that waits with an event already stays held by that: it is not asked to
+pause. PAUSE_VCPU events that were asked for and come late are answered by whoever meets them, see :meth:`Hold.meets`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection
+
+from kvmi_host.introspect.errors import SessionTimeout
+from kvmi_host.introspect.plans import Plan, Say, ask, listen
+from kvmi_host.protocol import CommandError, ErrorCode, Event, EventId, messages
+
+
+class Hold:
+    """Which vCPUs of a session are held, and with what.
+
+    :ivar kept: events that came while others were awaited, in order, not answered.
+    """
+
+    def __init__(self) -> None:
+        self.kept: deque[Event] = deque()
+        self._held: dict[int, Event] = {}
+        self._owed: Counter[int] = Counter()
+        self._depth = 0
+
+    def pause(self, waiting: Collection[int] = (), leave: Collection[int] = ()) -> Plan[None]:
+        """Hold every vCPU that the guest has started. Once for each :meth:`resume` that follows.
+
+        :param waiting: vCPUs that wait with an event which the caller has.
+        :param leave: vCPUs that shall go on.
+        """
+        self._depth += 1
+        count = yield from ask(messages.guest_info())
+        elsewhere = {*waiting, *leave, *self._held, *(event.vcpu for event in self.kept)}
+        running = set()
+        for vcpu in range(count):
+            if vcpu in elsewhere:
+                continue
+            try:
+                # The answer comes when it is out of the guest; the event may take a little longer.
+                yield from ask(messages.pause_vcpu(vcpu, wait=True))
+            except CommandError as error:
+                if error.code != ErrorCode.EAGAIN:
+                    raise
+                continue
+            self._owed[vcpu] += 1
+            running.add(vcpu)
+        while running:
+            event = yield from listen()
+            if event is None:
+                raise SessionTimeout(f"vCPUs {sorted(running)} were asked to pause, and do not")
+            if self.meets(event):
+                self._held[event.vcpu] = event
+            else:
+                self.kept.append(event)
+            if event.event != EventId.UNHOOK:
+                running.discard(event.vcpu)
+
+    def resume(self) -> Plan[None]:
+        """Let them go on, when all that paused them have said so. Those in :attr:`kept` wait for their answer."""
+        self._depth -= 1
+        if self._depth:
+            return
+        while self._held:
+            _, event = self._held.popitem()
+            yield Say(event)
+
+    def meets(self, event: Event) -> bool:
+        """Whether this is the end of a pause that was asked for here. Ask once for each event."""
+        if event.event != EventId.PAUSE_VCPU or not self._owed[event.vcpu]:
+            return False
+        self._owed[event.vcpu] -= 1
+        return True
+
+    @property
+    def awaited(self) -> bool:
+        """Whether there are pauses to come that were asked for here."""
+        return self._owed.total() > 0
+
+    def step(self, vcpu: int) -> Plan[Event]:
+        """Let a held vCPU execute one instruction, or take one interrupt.
+
+        :return: the event that it waits with now: SINGLESTEP, or another that the instruction made. That one is in
+            :attr:`kept`, for whoever asked for such events.
+        :raise ValueError: the vCPU is not held.
+        """
+        event = self._held.pop(vcpu, None)
+        if event is None:
+            raise ValueError(f"vCPU {vcpu} is not paused: one steps within paused()")
+        yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, True))
+        yield Say(event)
+        while True:
+            event = yield from listen()
+            if event is None:
+                raise SessionTimeout(f"vCPU {vcpu} was to make one step, and has not ended it")
+            if event.event == EventId.UNHOOK or event.vcpu != vcpu:
+                self.kept.append(event)
+                continue
+            if event.event == EventId.SINGLESTEP:
+                self._held[vcpu] = event
+            else:
+                self.kept.append(event)
+            yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, False))
+            return event
