@@ -93,6 +93,7 @@ class SimulatedKernel:
     """The kernel end of one session, served by a thread.
 
     :ivar memory: the guest's physical memory.
+    :ivar carried_out: the commands that were, in order.
     :ivar why: what ended the session, once it has.
     """
 
@@ -116,6 +117,7 @@ class SimulatedKernel:
         """
         self._sock = sock.dup()
         self.memory = bytearray(pages * PAGE)
+        self.carried_out: list[int] = []
         self.why: str | None = None
         known = frozenset(_COMMANDS)
         forbidden = CHANGES_THE_GUEST if observe else frozenset()
@@ -129,6 +131,7 @@ class SimulatedKernel:
         self._answer_this = True
         self._seq = 0
         self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._ended = threading.Event()
         threading.Thread(target=self._serve, name="kvmi-recv", daemon=True).start()
 
@@ -154,6 +157,23 @@ class SimulatedKernel:
             body = _EVENT.pack(8 + len(state), vcpu, event) + state + own
             self._send(frame(Command.EVENT, self._seq, body))
         return replies
+
+    def waits(self, vcpu: int = 0) -> bool:
+        """Whether a vCPU waits for the reply to an event."""
+        return self._vcpus[vcpu].waiting is not None
+
+    def await_running(self, vcpu: int = 0, timeout: float = 5.0) -> None:
+        """Wait until a vCPU does not wait for a reply.
+
+        :raise TimeoutError: it goes on waiting.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._vcpus[vcpu].waiting is None, timeout):
+                raise TimeoutError(f"vCPU {vcpu} waits for the reply to its event")
+
+    def page_access(self, gpa: int) -> int:
+        """What the guest may do with a page."""
+        return self._access.get(gpa // PAGE, Access.ALL)
 
     def enabled(self, event: int, vcpu: int = 0) -> bool:
         """Whether the introspector has switched an event on."""
@@ -234,6 +254,7 @@ class SimulatedKernel:
             if not vcpu.started:
                 self._done(command, seq, ErrorCode.EAGAIN)
                 return
+        self.carried_out.append(command)
         carry_out, least = _COMMANDS[command]
         outcome = carry_out(self, vcpu or self._vcpus[0], payload) if len(payload) >= least else ErrorCode.EINVAL
         if isinstance(outcome, bytes):
@@ -264,6 +285,8 @@ class SimulatedKernel:
             action = Action.CONTINUE
         self._vcpus[index].waiting = None
         waiting.replies.put(Reply(action, own))
+        with self._changed:
+            self._changed.notify_all()
         self._send_pause(index)
 
     def _vcpu_index(self, payload: bytes) -> int:
