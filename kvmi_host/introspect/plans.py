@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from kvmi_host.protocol import Action, CommandError, Event, KvmiError, PageFaultReply, Request
 
 if TYPE_CHECKING:
-    from kvmi_host.introspect.aio import AsyncSession
+    from kvmi_host.introspect.async_session import AsyncSession
     from kvmi_host.introspect.session import Session
 
 T = TypeVar("T")

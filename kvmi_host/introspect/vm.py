@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A VM as an introspector sees it: its vCPUs, its memory, its events. Blocking; :mod:`kvmi_host.introspect.aio` has the
-twin for asyncio.
+"""A VM as an introspector sees it: its vCPUs, its memory, its events. Blocking; :mod:`kvmi_host.introspect.async_vm` is
+its twin for asyncio.
 
 ::
 
@@ -97,12 +97,12 @@ class Vcpu:
 
     @property
     def registers(self) -> Registers:
-        """The general registers. Set, they take effect when the vCPU's event is answered: within :meth:`Vm.paused`, or
-        while an event of this vCPU is handled. At any other time the kernel drops them."""
+        """The general registers."""
         return self.state().registers
 
-    @registers.setter
-    def registers(self, registers: Registers) -> None:
+    def set_registers(self, registers: Registers) -> None:
+        """Set the general registers when the vCPU's event is answered: within :meth:`Vm.paused`, or while an event of
+        this vCPU is handled. At any other time the kernel drops them."""
         self._session.set_registers(self.index, registers)
 
     @property

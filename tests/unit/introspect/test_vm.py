@@ -249,9 +249,11 @@ def test_the_loop_ends_when_the_host_wants_the_session_back(make_vm):
 def test_the_loop_over_a_vm_that_ends_ends_with_an_error(make_vm):
     kernel, vm = make_vm()
     kernel.fire(EventId.HYPERCALL)
+    events = vm.events(HYPERCALL)
+    next(events)
+    kernel.end("the VM died")
     with pytest.raises(SessionClosed):
-        for _ in vm.events(HYPERCALL):
-            kernel.end("the VM died")
+        next(events)
 
 
 def test_a_vcpu_that_starts_later_is_watched_from_then_on(make_vm):
@@ -434,17 +436,28 @@ def test_a_handler_that_raises_is_reported_and_the_guest_goes_on(make_vm, caplog
     assert vm.session.get_version().version == 1
 
 
-@pytest.mark.parametrize("how", ["an error", "Ctrl-C"])
-def test_leaving_the_block_undoes_what_was_done(make_vm, how):
+def fail() -> None:
+    raise LookupError("a bug")
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("leave", "error"), [(fail, LookupError), (press_ctrl_c, KeyboardInterrupt)])
+def test_leaving_the_block_undoes_what_was_done(make_vm, leave, error):
     kernel, vm = make_vm()
     kernel.memory[0x1234:0x1235] = NOP
     replies = kernel.fire(EventId.HYPERCALL)
-    with pytest.raises(LookupError if how == "an error" else KeyboardInterrupt), vm:
-        for _ in vm.events(Breakpoint(0x1234), PageWatch(0x2000), HYPERCALL):
-            kernel.carried_out.clear()
-            if how == "an error":
-                raise LookupError("a bug")
-            signal.raise_signal(signal.SIGINT)
+
+    def work() -> None:
+        with vm:
+            for _ in vm.events(Breakpoint(0x1234), PageWatch(0x2000), HYPERCALL):
+                kernel.carried_out.clear()
+                leave()
+
+    with pytest.raises(error):
+        work()
     assert kernel.wait_ended() == "the introspector closed"
     assert next_reply(replies).action == Action.CONTINUE
     assert kernel.memory[0x1234:0x1235] == NOP
