@@ -12,11 +12,13 @@ import socket
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from struct import Struct
 from time import monotonic
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
 from uuid import UUID
 
+from kvmi_host.introspect.batch import Batch
 from kvmi_host.introspect.errors import SessionClosed, SessionTimeout
 from kvmi_host.protocol import (
     Access,
@@ -31,7 +33,6 @@ from kvmi_host.protocol import (
     ProtocolError,
     Registers,
     Request,
-    State,
     VcpuState,
     Version,
     command_name,
@@ -45,6 +46,12 @@ MAX_WAITING_EVENTS = 4097
 more while it leaves a command unanswered is not a kernel."""
 
 _CHUNK = 65536
+_FOREVER = 2_000_000.0
+"""Seconds, which poll can still count in milliseconds: no wait is longer."""
+_SLACK = 1e-3
+"""Seconds that a wait may be longer than it was asked to, to spare a system call."""
+_TIMEVAL = Struct("@ll")
+_SEND = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _NOT_ALLOWED = (ErrorCode.EPERM, ErrorCode.ENOENT, ErrorCode.EINVAL)  # forbidden, or a number the kernel lacks
 
 
@@ -77,12 +84,11 @@ class Session:
         """
         :param sock: a connected stream socket with KVM at its other end. The session owns it from now on.
         """
-        sock.setblocking(False)
+        sock.setblocking(True)
         self.peer = peer
         self.timeout = timeout
         self._sock = sock
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        self._patience = 0.0
         self._connection = Connection()
         self._events: deque[Event] = deque()
 
@@ -116,7 +122,7 @@ class Session:
 
     def get_version(self) -> Version:
         """The interface's version (1) and dialect (``v6``)."""
-        return self._ask(messages.get_version())
+        return self.ask(messages.get_version())
 
     def check_command(self, command: int) -> bool:
         """Whether the kernel has `command` and this session may send it."""
@@ -128,34 +134,34 @@ class Session:
 
     def guest_info(self) -> int:
         """How many vCPUs the VM has."""
-        return self._ask(messages.guest_info())
+        return self.ask(messages.guest_info())
 
     def vcpu_info(self, vcpu: int) -> int:
         """The vCPU's TSC frequency in Hz; 0 if the host does not know it."""
-        return self._ask(messages.vcpu_info(vcpu))
+        return self.ask(messages.vcpu_info(vcpu))
 
     def pause_vcpu(self, vcpu: int, wait: bool = False) -> None:
         """Ask for one PAUSE_VCPU event. `wait`: return once the vCPU has left the guest."""
-        self._ask(messages.pause_vcpu(vcpu, wait))
+        self.ask(messages.pause_vcpu(vcpu, wait))
 
     def control_vm_events(self, event: int, enable: bool) -> None:
         """Switch UNHOOK or CREATE_VCPU events.
 
         :raise ValueError: it is an event of vCPUs.
         """
-        self._ask(messages.control_vm_events(event, enable))
+        self.ask(messages.control_vm_events(event, enable))
 
     def control_events(self, vcpu: int, event: int, enable: bool) -> None:
         """Switch an event of one vCPU."""
-        self._ask(messages.control_events(vcpu, event, enable))
+        self.ask(messages.control_events(vcpu, event, enable))
 
     def control_cr(self, vcpu: int, cr: int, enable: bool) -> None:
         """Watch writes to control register 0, 3 or 4 of one vCPU. The CR event must be enabled as well."""
-        self._ask(messages.control_cr(vcpu, cr, enable))
+        self.ask(messages.control_cr(vcpu, cr, enable))
 
     def control_msr(self, vcpu: int, msr: int, enable: bool) -> None:
         """Watch writes to an MSR of one vCPU. The MSR event must be enabled as well."""
-        self._ask(messages.control_msr(vcpu, msr, enable))
+        self.ask(messages.control_msr(vcpu, msr, enable))
 
     def control_cmd_response(self, enable: bool, now: bool = True) -> None:
         """Switch the answers to commands, from this one on (`now`) or from the next.
@@ -163,23 +169,23 @@ class Session:
         While they are off, commands return at once, and one whose answer would hold data makes the kernel end the
         session.
         """
-        self._ask(messages.control_cmd_response(enable, now))
+        self.ask(messages.control_cmd_response(enable, now))
 
     def get_registers(self, vcpu: int, msrs: Iterable[int] = ()) -> VcpuState:
         """A vCPU's mode and registers, and the MSRs with these indices."""
-        return self._ask(messages.get_registers(vcpu, msrs))
+        return self.ask(messages.get_registers(vcpu, msrs))
 
     def set_registers(self, vcpu: int, registers: Registers) -> None:
         """Set a vCPU's general registers. Takes effect when its pending event is replied to."""
-        self._ask(messages.set_registers(vcpu, registers))
+        self.ask(messages.set_registers(vcpu, registers))
 
     def cpuid(self, vcpu: int, function: int, index: int = 0) -> Cpuid:
         """What the guest's CPUID instruction gives for EAX = `function` and ECX = `index`."""
-        return self._ask(messages.cpuid(vcpu, function, index))
+        return self.ask(messages.cpuid(vcpu, function, index))
 
     def xsave(self, vcpu: int) -> bytes:
         """A vCPU's x87, SSE, AVX and further state, in the standard format of the XSAVE instruction."""
-        return self._ask(messages.xsave(vcpu))
+        return self.ask(messages.xsave(vcpu))
 
     def inject_exception(self, vcpu: int, vector: int, error_code: int | None = None, address: int = 0) -> None:
         """Have a vCPU take an exception before it goes on.
@@ -187,37 +193,37 @@ class Session:
         :param error_code: None: the exception comes without one.
         :param address: for a page fault (14): what goes to CR2.
         """
-        self._ask(messages.inject_exception(vcpu, vector, error_code, address))
+        self.ask(messages.inject_exception(vcpu, vector, error_code, address))
 
     def page_access(self, *gpas: int) -> tuple[Access, ...]:
         """What the guest may do with the pages at these physical addresses.
 
         :raise ValueError: more than a message holds.
         """
-        return self._ask(messages.page_access(gpas))
+        return self.ask(messages.page_access(gpas))
 
     def set_page_access(self, access: Mapping[int, int]) -> None:
         """Say what the guest may do with pages, by physical address; what it may not becomes a PF event.
 
         :raise ValueError: more than a message holds.
         """
-        self._ask(messages.set_page_access(access))
+        self.ask(messages.set_page_access(access))
 
     def mtrr_type(self, gpa: int) -> MemoryType:
         """The memory type that the guest's MTRRs give a physical address."""
-        return self._ask(messages.mtrr_type(gpa))
+        return self.ask(messages.mtrr_type(gpa))
 
     def read_physical(self, gpa: int, size: int) -> bytes:
         """`size` bytes of guest memory at physical address `gpa`, within one 4096-byte page."""
-        return self._ask(messages.read_physical(gpa, size))
+        return self.ask(messages.read_physical(gpa, size))
 
     def write_physical(self, gpa: int, data: bytes) -> None:
         """Write guest memory at physical address `gpa`, within one 4096-byte page."""
-        self._ask(messages.write_physical(gpa, data))
+        self.ask(messages.write_physical(gpa, data))
 
     def max_gfn(self) -> int:
         """The guest's highest frame number (physical address / 4096)."""
-        return self._ask(messages.max_gfn())
+        return self.ask(messages.max_gfn())
 
     def request(self, command: int, payload: bytes = b"", vcpu: int | None = None) -> bytes:
         """Any command, by its number.
@@ -225,7 +231,50 @@ class Session:
         :param payload: what follows the header, or the vCPU header where `vcpu` is given.
         :return: what follows the error code of the answer; empty when the answers are switched off.
         """
-        return self._ask(messages.raw(command, payload, vcpu))
+        return self.ask(messages.raw(command, payload, vcpu))
+
+    def ask(self, request: Request[T]) -> T:
+        """Send any command of :mod:`kvmi_host.protocol.messages`, and wait for its answer."""
+        deadline = monotonic() + self.timeout
+        seq, answered, data = self._connection.command(request)
+        self.send_raw(data)
+        if not answered:
+            return request.decode(b"")
+        while True:
+            while (message := self._connection.next_message()) is not None:
+                if isinstance(message, Event):
+                    self._keep(message)
+                elif message.seq == seq:
+                    return request.decode(message.result())
+                # Any other answer is of a command that its caller has given up waiting for.
+            if not self._receive(deadline):
+                raise SessionTimeout(f"{command_name(request.command)}: no answer in {self.timeout} s")
+
+    def ask_all(self, requests: Sequence[Request[T]]) -> list[T]:
+        """Send many commands without waiting for the answers in between; what each gave, in their order.
+
+        The deadline is that of each answer after the one before it.
+
+        :raise CommandError: the first refusal, when all answers were taken.
+        """
+        batch = Batch(self._connection, requests)
+        unsent = memoryview(batch.piece())
+        deadline = monotonic() + self.timeout
+        while unsent or batch.unanswered:
+            # The kernel does not read on while its answers are not taken, so both directions are waited for.
+            ready = self._wait(select.POLLIN | (select.POLLOUT if unsent else 0), deadline)
+            if not ready:
+                raise SessionTimeout(f"{batch.unanswered} of {len(requests)} commands: no answer in {self.timeout} s")
+            if ready & select.POLLOUT:
+                unsent = unsent[self._send(unsent) :] or memoryview(batch.piece())
+            if ready & ~select.POLLOUT and self._receive(0.0):
+                deadline = monotonic() + self.timeout
+                while (message := self._connection.next_message()) is not None:
+                    if isinstance(message, Event):
+                        self._keep(message)
+                    else:
+                        batch.take(message)
+        return batch.results()
 
     def ask(self, request: Request[T]) -> T:
         """Any command of :mod:`kvmi_host.protocol.messages`."""
@@ -274,44 +323,26 @@ class Session:
 
         :raise SessionTimeout: the peer does not read. What was sent may end in the middle of a message: close.
         """
+        sent = self._send(data)
+        if sent == len(data):
+            return
         deadline = monotonic() + self.timeout
-        view = memoryview(data)
-        while view:
-            try:
-                view = view[self._sock.send(view, socket.MSG_NOSIGNAL) :]
-            except BlockingIOError:
-                left = deadline - monotonic()
-                if left <= 0 or not select.select([], [self._sock], [], left)[1]:
-                    raise SessionTimeout(f"the peer has not read for {self.timeout} s") from None
-            except OSError as error:
-                self._lost(error)
+        left = memoryview(data)[sent:]
+        while left:
+            if not self._wait(select.POLLOUT, deadline):
+                raise SessionTimeout(f"the peer has not read for {self.timeout} s")
+            left = left[self._send(left) :]
 
     # -- the two directions
 
     def _allowed(self, request: Request[None]) -> bool:
         try:
-            self._ask(request)
+            self.ask(request)
         except CommandError as error:
             if error.code in _NOT_ALLOWED:
                 return False
             raise
         return True
-
-    def _ask(self, request: Request[T]) -> T:
-        deadline = monotonic() + self.timeout
-        seq, answered, data = self._connection.command(request)
-        self.send_raw(data)
-        if not answered:
-            return request.decode(b"")
-        while True:
-            while (message := self._connection.next_message()) is not None:
-                if isinstance(message, Event):
-                    self._keep(message)
-                elif message.seq == seq:
-                    return request.decode(message.result())
-                # Any other answer is of a command that its caller has given up waiting for.
-            if not self._receive(deadline):
-                raise SessionTimeout(f"{command_name(request.command)}: no answer in {self.timeout} s")
 
     def _keep(self, event: Event) -> None:
         if len(self._events) >= MAX_WAITING_EVENTS:
@@ -320,20 +351,54 @@ class Session:
         self._events.append(event)
 
     def _receive(self, deadline: float) -> bool:
-        """Feed the connection once; False when the deadline passed before there was anything."""
-        if self._connection.state is State.ENDED or self.closed:
-            raise SessionClosed("the session has ended")
-        left = max(0.0, deadline - monotonic())
-        if not self._poll.poll(left * 1000):
-            return False
+        """Feed the connection once; False when the deadline passed before there was anything.
+
+        The kernel keeps the time, which saves asking it for readiness before. Where a signal handler returns, the wait
+        begins anew.
+        """
+        left = deadline - monotonic()
+        if left > 0 and not left <= self._patience <= left + _SLACK:
+            self._set_patience(left)
         try:
-            data = self._sock.recv(_CHUNK)
+            data = self._sock.recv(_CHUNK, 0 if left > 0 else socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return True
+            return False
         except OSError as error:
             self._lost(error)
         self._connection.receive_data(data)
+        if not data:
+            raise SessionClosed("the session has ended")
         return True
 
+    def _set_patience(self, seconds: float) -> None:
+        """Have the kernel end a wait for data after so long."""
+        microseconds = int(min(seconds, _FOREVER) * 1e6) + 1
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(*divmod(microseconds, 1000000)))
+        except OSError as error:
+            self._lost(error)
+        self._patience = microseconds / 1e6
+
+    def _send(self, data: bytes | memoryview) -> int:
+        """Send what the socket takes now; how many bytes that was."""
+        try:
+            return self._sock.send(data, _SEND)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._lost(error)
+
+    def _wait(self, events: int, deadline: float) -> int:
+        """Wait for poll's `events`: those that are there, 0 when the deadline passed before there was any."""
+        if self.closed:
+            raise SessionClosed("the session has ended")
+        poll = select.poll()
+        poll.register(self._sock, events)
+        left = min(max(0.0, deadline - monotonic()), _FOREVER)
+        ready = poll.poll(left * 1000)
+        return ready[0][1] if ready else 0
+
     def _lost(self, error: OSError) -> NoReturn:
+        if self.closed:
+            raise SessionClosed("the session has ended") from None
         raise SessionClosed(f"the connection is lost: {error.strerror}") from error

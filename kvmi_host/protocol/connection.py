@@ -33,6 +33,7 @@ from kvmi_host.protocol.ids import Action, Command, command_name
 from kvmi_host.protocol.messages import Request
 
 _ERROR_CODE = Struct("<i4x")
+_EVENT, _EVENT_REPLY = int(Command.EVENT), int(Command.EVENT_REPLY)
 
 _SILENT_REMEMBERED = 1024
 """How many commands sent with answers off are remembered: refusals of them may still come."""
@@ -78,6 +79,11 @@ class Connection:
         self._silent: OrderedDict[int, int] = OrderedDict()
         self._switches: dict[int, bool] = {}
 
+    @property
+    def pending(self) -> int:
+        """How many bytes are held of which no message was taken yet."""
+        return self._framer.pending
+
     def receive_data(self, data: bytes) -> None:
         """Take what the socket gave; empty for end of file.
 
@@ -105,8 +111,9 @@ class Connection:
             message = self._framer.next_frame()
             if message is None:
                 return None
-            if message.id == Command.EVENT:
-                return Event(message.seq, message.payload)
+            message_id, seq, payload = message
+            if message_id == _EVENT:
+                return Event(seq, payload)
             return self._answer(message)
         except ProtocolError:
             self.state = State.BROKEN
@@ -142,7 +149,7 @@ class Connection:
         page_fault: PageFaultReply | None = None,
     ) -> bytes:
         """The reply to an event; see :func:`kvmi_host.protocol.events.encode_reply`."""
-        return frame(Command.EVENT_REPLY, event.seq, encode_reply(event, action, new_val, page_fault))
+        return frame(_EVENT_REPLY, event.seq, encode_reply(event, action, new_val, page_fault))
 
     def _answer(self, message: Frame) -> Answer:
         asked = self._asked.pop(message.seq, None)

@@ -20,6 +20,7 @@ from kvmi_host.protocol import (
     ProtocolError,
     Registers,
     frame,
+    messages,
 )
 from kvmi_host.testing.peer import next_reply
 
@@ -188,6 +189,59 @@ def test_with_answers_off_commands_return_at_once(pair):
     assert session.guest_info() == 1
 
 
+# -- many commands at once
+
+
+def test_many_commands_are_answered_in_their_order(pair):
+    kernel, session = pair(pages=4)
+    kernel.memory[:] = b"".join(bytes([page]) * 4096 for page in range(4))
+    requests = [messages.read_physical(4096 * page, 4096) for page in (2, 0, 3, 1)]
+    assert session.ask_all(requests) == [bytes([page]) * 4096 for page in (2, 0, 3, 1)]
+    assert session.ask_all([]) == []
+
+
+def test_more_commands_and_answers_than_the_socket_holds_go_through(pair):
+    _, session = pair(pages=1)
+    requests = [messages.write_physical(0, bytes([n % 256]) * 4096) for n in range(500)]
+    reads = [messages.read_physical(0, 4096) for _ in range(500)]
+    assert session.ask_all(requests + reads) == [None] * 500 + [bytes([499 % 256]) * 4096] * 500
+
+
+def test_of_many_commands_the_first_refusal_is_raised_when_all_were_answered(pair):
+    kernel, session = pair(commands=[Command.GET_GUEST_INFO, Command.CONTROL_CR])
+    requests = [
+        messages.guest_info(),
+        messages.control_cr(7, 3, True),
+        messages.max_gfn(),
+        messages.control_cr(0, 3, True),
+    ]
+    with pytest.raises(CommandError) as caught:
+        session.ask_all(requests)
+    assert (caught.value.command, caught.value.code) == (Command.CONTROL_CR, ErrorCode.EINVAL)
+    assert kernel.watched_registers() == frozenset({3})
+    assert session.guest_info() == 1
+
+
+def test_events_that_come_among_many_answers_are_kept(pair):
+    kernel, session = pair(vcpus=2)
+    kernel.fire(EventId.HYPERCALL, vcpu=1)
+    assert session.ask_all([messages.guest_info()] * 3) == [2, 2, 2]
+    assert session.waiting == 1
+    assert session.next_event().vcpu == 1
+
+
+def test_with_answers_off_many_commands_wait_for_none(pair):
+    kernel, session = pair()
+    session.ask_all(
+        [
+            messages.control_cmd_response(False, now=True),
+            messages.control_cr(0, 3, True),
+            messages.control_cmd_response(True, now=True),
+        ]
+    )
+    assert kernel.watched_registers() == frozenset({3})
+
+
 # -- events
 
 
@@ -347,6 +401,19 @@ def test_a_peer_that_does_not_answer_is_a_timeout(ends):
     _, session = ends
     with pytest.raises(SessionTimeout, match=r"get-max-gfn: no answer in 0\.1 s"):
         session.max_gfn()
+
+
+def test_one_of_many_answers_that_does_not_come_is_a_timeout(ends):
+    peer, session = ends
+    peer.sendall(bytes.fromhex("1d00 1000 01000000 00000000 00000000 0700000000000000"))
+    with pytest.raises(SessionTimeout, match=r"2 of 3 commands: no answer in 0\.1 s"):
+        session.ask_all([messages.max_gfn()] * 3)
+
+
+def test_many_commands_that_a_peer_does_not_read_are_a_timeout(ends):
+    _, session = ends
+    with pytest.raises(SessionTimeout, match="1000 of 1000 commands"):
+        session.ask_all([messages.write_physical(0, bytes(4096))] * 1000)
 
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(ends):
