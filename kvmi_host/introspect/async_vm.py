@@ -196,7 +196,7 @@ class AsyncVm:
         if watch.undisturbed:
             event = await self.session.next_event(left)
             if event is not None and (event.event in watch.plain or await run_async(self.session, watch.sort(event))):
-                return WatchedEvent(event)
+                return WatchedEvent.of(event)
         return await run_async(self.session, watch.next(left))
 
     async def _unwatch(self) -> None:

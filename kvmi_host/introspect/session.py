@@ -276,14 +276,6 @@ class Session:
                         batch.take(message)
         return batch.results()
 
-    def ask(self, request: Request[T]) -> T:
-        """Any command of :mod:`kvmi_host.protocol.messages`."""
-        return self._ask(request)
-
-    def ask_all(self, requests: Sequence[Request[T]]) -> list[T]:
-        """STUB until merge"""
-        return [self._ask(request) for request in requests]
-
     # -- events
 
     def next_event(self, timeout: float | None = None) -> Event | None:

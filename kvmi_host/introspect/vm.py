@@ -252,7 +252,7 @@ class Vm:
             # Most events need no sorting: no plan is made for them.
             event = self.session.next_event(left)
             if event is not None and (event.event in watch.plain or run(self.session, watch.sort(event))):
-                return WatchedEvent(event)
+                return WatchedEvent.of(event)
         return run(self.session, watch.next(left))
 
     def _unwatch(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from time import monotonic
+from typing import Self
 
 from kvmi_host.introspect.breakpoints import Breakpoints
 from kvmi_host.introspect.holding import Hold
@@ -45,15 +46,12 @@ _MAX_PAGES = 400
 class WatchedEvent(Event):
     """An event that waits for its answer: CONTINUE, unless :meth:`reply` says otherwise."""
 
-    __slots__ = ("answer",)
+    answer: Say | None = None
 
-    def __init__(self, event: Event) -> None:
-        """
-        :param event: what it is made of; not looked at again.
-        """
-        self.seq = event.seq
-        self._body = event._body
-        self.answer: Say | None = None
+    @classmethod
+    def of(cls, event: Event) -> Self:
+        """An event, which waits from now on."""
+        return tuple.__new__(cls, event)
 
     def reply(
         self,
@@ -171,7 +169,7 @@ class Watch:
             elif self._has_to_wait(event):
                 self._hold.kept.append(event)
             elif (yield from self.sort(event)):
-                return WatchedEvent(event)
+                return WatchedEvent.of(event)
         return None
 
     def sort(self, event: Event) -> Plan[bool]:
