@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager
 from functools import cached_property
 from time import monotonic
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from kvmi_host.introspect import memory as ranges
 from kvmi_host.introspect.errors import SessionError
@@ -218,8 +218,8 @@ class Vm:
     # -- events
 
     def events(self, *interests: Interest, duration: float | None = None) -> Generator[WatchedEvent, None, None]:
-        """Watch, and give each event to the loop. It is answered when the loop comes back for the next one: CONTINUE,
-        unless :meth:`WatchedEvent.reply` said otherwise.
+        """Watch from now on, and give each event to the loop. It is answered when the loop comes back for the next one:
+        CONTINUE, unless :meth:`WatchedEvent.reply` said otherwise.
 
         The loop ends when the host asks for the session (``kvmi-host detach``), or after `duration` seconds.
 
@@ -230,11 +230,17 @@ class Vm:
         """
         if self._watch is not None:
             raise ValueError("one thing at a time: these events are asked for within the loop over others")
-        deadline = None if duration is None else monotonic() + duration
+        loop = self._loop(interests, None if duration is None else monotonic() + duration)
+        next(loop)
+        return loop
+
+    def _loop(self, interests: Sequence[Interest], deadline: float | None) -> Generator[Any, None, None]:
+        """The first thing that it gives says that everything is switched on; the others are events."""
         session = self.session
         self._watch = watch = Watch(self._hold, interests)
         try:
             run(session, watch.begin())
+            yield watch
             while (event := self._next(watch, deadline)) is not None:
                 self._waiting = event
                 yield event
