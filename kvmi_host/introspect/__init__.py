@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The introspector: a session with the kernel over a socket, and the ways to come by one."""
+"""The introspector: a session with the kernel over a socket, and the ways to come by one.
+
+For asyncio: :class:`kvmi_host.introspect.aio.AsyncSession`. It is not imported here, because asyncio loads much that a
+blocking session never needs.
+"""
 
 from kvmi_host.introspect.errors import SessionClosed, SessionError, SessionTimeout
 from kvmi_host.introspect.ledger import SeqLedger
