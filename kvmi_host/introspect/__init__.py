@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The introspector: VMs with their vCPUs, memory and events, over a session with the kernel; and how to come by one."""
+"""The introspector: VMs with their vCPUs, memory and events, over a session with the kernel; and how to come by one.
+
+The twins for asyncio, :mod:`~kvmi_host.introspect.async_session` and :mod:`~kvmi_host.introspect.async_vm`, are not
+imported here: asyncio loads much that a blocking session never needs.
+"""
 
 from kvmi_host.introspect.errors import SessionClosed, SessionError, SessionTimeout
 from kvmi_host.introspect.facts import Facts

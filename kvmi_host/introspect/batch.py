@@ -41,17 +41,18 @@ class Batch(Generic[T]):
                 self.take(Answer(self._requests[index].command, seq, 0, b""))
         return bytes(piece)
 
-    def take(self, answer: Answer) -> None:
-        """An answer came; it may be that of a command which is not of this batch."""
+    def take(self, answer: Answer) -> bool:
+        """An answer came; False if it is that of a command which is not of this batch."""
         index = self._asked.pop(answer.seq, None)
         if index is None:
-            return
+            return False
         self.unanswered -= 1
         try:
             self._results[index] = self._requests[index].decode(answer.result())
         except KvmiError as error:
             self._results[index] = error
             self._failed = index if self._failed is None else min(self._failed, index)
+        return True
 
     def results(self) -> list[T]:
         """What each command gave, in the order of the requests, when no answer is missing any more.
