@@ -24,7 +24,17 @@ from typing import Any, NoReturn, Self, TypeVar
 from kvmi_host.introspect.batch import Batch
 from kvmi_host.introspect.errors import SessionClosed, SessionTimeout
 from kvmi_host.introspect.session import MAX_WAITING_EVENTS, PeerInfo
-from kvmi_host.protocol import Action, Answer, Connection, Event, KvmiError, PageFaultReply, ProtocolError, Request
+from kvmi_host.protocol import (
+    Action,
+    Answer,
+    Connection,
+    Event,
+    KvmiError,
+    PageFaultReply,
+    ProtocolError,
+    Reply,
+    Request,
+)
 
 T = TypeVar("T")
 
@@ -118,8 +128,10 @@ class AsyncSession(asyncio.BufferedProtocol):
         """
         return (await self.ask_all((request,)))[0]
 
-    async def ask_all(self, requests: Sequence[Request[T]]) -> list[T]:
-        """Send many commands without waiting for the answers in between; what each gave, in their order.
+    async def ask_all(self, requests: Sequence[Request[T] | Reply]) -> list[T]:
+        """Send many commands, and replies among them, without waiting for the answers in between.
+
+        :return: what each command gave, in their order; None for a reply.
 
         The deadline is that of each answer after the one before it, and at most doubled.
 

@@ -28,7 +28,7 @@ from kvmi_host.introspect.handlers import Handlers
 from kvmi_host.introspect.holding import Hold
 from kvmi_host.introspect.interests import Interest
 from kvmi_host.introspect.paging import Translation
-from kvmi_host.introspect.plans import run_async
+from kvmi_host.introspect.plans import quietly, run_async
 from kvmi_host.introspect.session import PeerInfo
 from kvmi_host.introspect.watch import Watch, WatchedEvent
 from kvmi_host.protocol import (
@@ -36,6 +36,7 @@ from kvmi_host.protocol import (
     Event,
     ProtocolError,
     Registers,
+    Request,
     SpecialRegisters,
     VcpuState,
     messages,
@@ -167,6 +168,9 @@ class AsyncVm:
         finally:
             if not self.session.closed:
                 await run_async(self.session, self._hold.resume())
+
+    async def batch(self, *requests: Request[None]) -> None:
+        await run_async(self.session, quietly(*requests))
 
     # -- events
 

@@ -12,8 +12,8 @@ from kvmi_host.introspect import memory
 from kvmi_host.introspect.holding import Hold
 from kvmi_host.introspect.interests import Breakpoint
 from kvmi_host.introspect.paging import NotMapped, walk
-from kvmi_host.introspect.plans import Plan, Say, ask, ask_all
-from kvmi_host.protocol import Action, BreakpointHit, CommandError, Event, EventId, Request, messages
+from kvmi_host.introspect.plans import Plan, ask, ask_all
+from kvmi_host.protocol import Action, BreakpointHit, CommandError, Event, EventId, Reply, Request, messages
 
 _INT3 = b"\xcc"
 
@@ -45,13 +45,15 @@ class Breakpoints:
                 self._originals[gpa] = original
 
     def remove(self) -> Plan[None]:
-        """Put every instruction back."""
+        """Put every instruction back. Hits that were not answered are still known by :meth:`hit`."""
         yield from ask_all([messages.write_physical(gpa, original) for gpa, original in self._originals.items()])
 
-    def forget(self) -> None:
-        """Their time is over: no hit is one of theirs."""
-        self._originals.clear()
-        self._interrupted.clear()
+    def stop_stepping(self) -> Plan[None]:
+        """If a vCPU is in a step, it goes on without it, and so do the others."""
+        if self.stepping is not None:
+            vcpu, self.stepping = self.stepping, None
+            yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, False))
+            yield from self._hold.resume()
 
     def hit(self, event: Event) -> bool:
         """Whether a BREAKPOINT event is of one of these."""
@@ -70,7 +72,7 @@ class Breakpoints:
         yield from self._hold.pause(leave=[event.vcpu])
         yield from ask_all(_switch(data.gpa, self._originals[data.gpa], event.vcpu, True))
         self.stepping, self._over = event.vcpu, event
-        yield Say(event, Action.RETRY)
+        yield Reply(event, Action.RETRY)
 
     def stepped(self, event: Event, keep_stepping: bool) -> Plan[None]:
         """The step is made: put the breakpoint in again, and let all go on.

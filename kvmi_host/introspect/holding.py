@@ -11,8 +11,8 @@ from collections import Counter, deque
 from collections.abc import Collection
 
 from kvmi_host.introspect.errors import SessionTimeout
-from kvmi_host.introspect.plans import Plan, Say, ask, listen
-from kvmi_host.protocol import CommandError, ErrorCode, Event, EventId, messages
+from kvmi_host.introspect.plans import Plan, ask, listen
+from kvmi_host.protocol import CommandError, ErrorCode, Event, EventId, Reply, messages
 
 
 class Hold:
@@ -67,7 +67,7 @@ class Hold:
             return
         while self._held:
             _, event = self._held.popitem()
-            yield Say(event)
+            yield Reply(event)
 
     def meets(self, event: Event) -> bool:
         """Whether this is the end of a pause that was asked for here. Ask once for each event."""
@@ -92,7 +92,7 @@ class Hold:
         if event is None:
             raise ValueError(f"vCPU {vcpu} is not paused: one steps within paused()")
         yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, True))
-        yield Say(event)
+        yield Reply(event)
         while True:
             event = yield from listen()
             if event is None:

@@ -9,7 +9,8 @@ asyncio one: what the two have in common is written once, as plans.
 a step                    means                                       is sent
 ========================  ==========================================  ================================
 a tuple of requests       send the commands in one go                 their results, in a list
-:class:`Say`              answer an event                             None
+... and replies           answer events in between                    None in their places
+a reply                   answer an event                             None
 :class:`Listen`           wait for the next event                     it, or None: none came in time
 ========================  ==========================================  ================================
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from kvmi_host.protocol import Action, CommandError, Event, KvmiError, PageFaultReply, Request
+from kvmi_host.protocol import CommandError, Event, KvmiError, Reply, Request, messages
 
 if TYPE_CHECKING:
     from kvmi_host.introspect.async_session import AsyncSession
@@ -28,22 +29,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Say(NamedTuple):
-    """Answer an event, as :meth:`Session.reply` does."""
-
-    event: Event
-    action: int = Action.CONTINUE
-    new_val: int | None = None
-    page_fault: PageFaultReply | None = None
-
-
 class Listen(NamedTuple):
     """Wait for an event for so many seconds; None: as long as the session waits for an answer."""
 
     timeout: float | None = None
 
 
-Step = tuple[Request[Any], ...] | Say | Listen
+Step = tuple[Request[Any] | Reply, ...] | Reply | Listen
 Plan = Generator[Step, Any, T]
 
 
@@ -56,6 +48,14 @@ def ask(request: Request[T]) -> Plan[T]:
 def ask_all(requests: Sequence[Request[T]]) -> Plan[list[T]]:
     """The results of commands that do not depend on each other, sent in one go."""
     return (yield tuple(requests))  # type: ignore[no-any-return]
+
+
+def quietly(*messages_: Request[None] | Reply) -> Plan[None]:
+    """Commands and replies in one write, without answers to the commands: nobody waits for them in between.
+
+    :raise CommandError: a command is not allowed, or not there. Other refusals are not heard of.
+    """
+    yield (messages.control_cmd_response(False, now=True), *messages_, messages.control_cmd_response(True, now=True))
 
 
 def allowed(check: Request[None]) -> Plan[bool]:
@@ -84,10 +84,10 @@ def run(session: Session, plan: Plan[T]) -> T:
             step = plan.send(outcome) if error is None else plan.throw(error)
             outcome, error = None, None
             try:
-                if isinstance(step, Say):
-                    session.reply(step.event, step.action, new_val=step.new_val, page_fault=step.page_fault)
-                elif isinstance(step, Listen):
+                if isinstance(step, Listen):
                     outcome = session.next_event(step.timeout)
+                elif isinstance(step, Reply):
+                    session.reply(step.event, step.action, new_val=step.new_val, page_fault=step.page_fault)
                 else:
                     outcome = session.ask_all(step)
             except KvmiError as failure:
@@ -108,10 +108,10 @@ async def run_async(session: AsyncSession, plan: Plan[T]) -> T:
             step = plan.send(outcome) if error is None else plan.throw(error)
             outcome, error = None, None
             try:
-                if isinstance(step, Say):
-                    session.reply(step.event, step.action, new_val=step.new_val, page_fault=step.page_fault)
-                elif isinstance(step, Listen):
+                if isinstance(step, Listen):
                     outcome = await session.next_event(step.timeout)
+                elif isinstance(step, Reply):
+                    session.reply(step.event, step.action, new_val=step.new_val, page_fault=step.page_fault)
                 else:
                     outcome = await session.ask_all(step)
             except KvmiError as failure:

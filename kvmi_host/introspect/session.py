@@ -32,6 +32,7 @@ from kvmi_host.protocol import (
     PageFaultReply,
     ProtocolError,
     Registers,
+    Reply,
     Request,
     VcpuState,
     Version,
@@ -250,8 +251,10 @@ class Session:
             if not self._receive(deadline):
                 raise SessionTimeout(f"{command_name(request.command)}: no answer in {self.timeout} s")
 
-    def ask_all(self, requests: Sequence[Request[T]]) -> list[T]:
-        """Send many commands without waiting for the answers in between; what each gave, in their order.
+    def ask_all(self, requests: Sequence[Request[T] | Reply]) -> list[T]:
+        """Send many commands, and replies among them, without waiting for the answers in between.
+
+        :return: what each command gave, in their order; None for a reply.
 
         The deadline is that of each answer after the one before it.
 

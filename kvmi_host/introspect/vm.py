@@ -31,7 +31,7 @@ from kvmi_host.introspect.handlers import Handlers
 from kvmi_host.introspect.holding import Hold
 from kvmi_host.introspect.interests import Interest
 from kvmi_host.introspect.paging import Translation
-from kvmi_host.introspect.plans import run
+from kvmi_host.introspect.plans import quietly, run
 from kvmi_host.introspect.session import PeerInfo, Session
 from kvmi_host.introspect.watch import Watch, WatchedEvent
 from kvmi_host.protocol import (
@@ -39,6 +39,7 @@ from kvmi_host.protocol import (
     Event,
     ProtocolError,
     Registers,
+    Request,
     SpecialRegisters,
     VcpuState,
     msr_index,
@@ -214,6 +215,13 @@ class Vm:
         finally:
             if not self.session.closed:
                 run(self.session, self._hold.resume())
+
+    def batch(self, *requests: Request[None]) -> None:
+        """Send commands of :mod:`kvmi_host.protocol.messages` in one write, and have the kernel answer none of them.
+
+        :raise CommandError: one is not allowed, or not there. Other refusals are not heard of.
+        """
+        run(self.session, quietly(*requests))
 
     # -- events
 

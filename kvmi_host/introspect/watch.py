@@ -15,7 +15,7 @@ from typing import Self
 from kvmi_host.introspect.breakpoints import Breakpoints
 from kvmi_host.introspect.holding import Hold
 from kvmi_host.introspect.interests import Breakpoint, Interest, PageWatch
-from kvmi_host.introspect.plans import Plan, Say, allowed, ask, ask_all, listen
+from kvmi_host.introspect.plans import Plan, allowed, ask, ask_all, listen, quietly
 from kvmi_host.protocol import (
     Access,
     Action,
@@ -24,6 +24,8 @@ from kvmi_host.protocol import (
     Event,
     EventId,
     PageFaultReply,
+    Registers,
+    Reply,
     Request,
     messages,
 )
@@ -46,7 +48,9 @@ _MAX_PAGES = 400
 class WatchedEvent(Event):
     """An event that waits for its answer: CONTINUE, unless :meth:`reply` says otherwise."""
 
-    answer: Say | None = None
+    answer: Reply | None = None
+    """What was said last; None: CONTINUE."""
+    registers_to_set: Registers | None = None
 
     @classmethod
     def of(cls, event: Event) -> Self:
@@ -59,14 +63,18 @@ class WatchedEvent(Event):
         *,
         new_val: int | None = None,
         page_fault: PageFaultReply | None = None,
+        registers: Registers | None = None,
     ) -> None:
         """Say how the event is to be answered, which is done when its handling has ended. The last word counts.
 
-        :param action: RETRY at a breakpoint of ours: it is not stepped over; move rip before.
+        :param action: RETRY at a breakpoint of ours: it is not stepped over, so move rip.
         :param new_val: for CR and MSR: the value to write instead of the guest's own.
         :param page_fault: for PF: how the access is made.
+        :param registers: the general registers that the vCPU goes on with. They are set in the same write, and a
+            refusal is not heard of.
         """
-        self.answer = Say(self, action, new_val, page_fault)
+        self.answer = Reply(self, action, new_val, page_fault)
+        self.registers_to_set = registers
 
 
 class Watch:
@@ -115,15 +123,14 @@ class Watch:
         :param waiting: an event that was handed out and is not answered.
         """
         yield from _attempt(self._breakpoints.remove())
+        yield from _attempt(self._breakpoints.stop_stepping())
         for vcpu in sorted(self._watched):
             yield from _attempt(self._switch(vcpu, False))
         for kind in sorted(self._vm_events):
             yield from _attempt(ask(messages.control_vm_events(kind, False)))
         yield from _attempt(_set_access(dict.fromkeys(self._pages, Access.ALL)))
         if waiting is not None:
-            yield from self._let_go(waiting, waiting.answer)
-        if self._breakpoints.stepping is not None:
-            yield from self._hold.resume()
+            yield from self._let_go(waiting, waiting.answer, waiting.registers_to_set)
         while True:
             event = self._hold.kept.popleft() if self._hold.kept else (yield from listen(None if self._owing else 0))
             if event is None:
@@ -132,19 +139,17 @@ class Watch:
                 self.unhooked = True
             else:
                 self._hold.meets(event)
-                yield from self._let_go(event, None)
-        self._breakpoints.forget()
+                yield from self._let_go(event)
 
     @property
     def _owing(self) -> bool:
         return self._hold.awaited and not self.unhooked
 
-    def _let_go(self, event: Event, answer: Say | None) -> Plan[None]:
-        if answer is None:
-            # The instruction is back in its place.
-            ours = event.event == EventId.BREAKPOINT and self._breakpoints.hit(event)
-            answer = Say(event, Action.RETRY if ours else Action.CONTINUE)
-        yield answer
+    def _let_go(self, event: Event, answer: Reply | None = None, registers: Registers | None = None) -> Plan[None]:
+        answer = answer or Reply(event)
+        if answer.action == Action.CONTINUE and self._is_ours(event):
+            answer = Reply(event, Action.RETRY)  # the instruction is back in its place
+        yield from _say(answer, registers)
 
     # -- from event to event
 
@@ -181,26 +186,33 @@ class Watch:
         if kind == EventId.CREATE_VCPU and event.vcpu not in self._watched:
             yield from self._take_in(event.vcpu)
         elif kind == EventId.PAUSE_VCPU and self._hold.meets(event):
-            yield Say(event)
+            yield Reply(event)
             return False
         elif kind == EventId.SINGLESTEP and event.vcpu == self._breakpoints.stepping:
             yield from self._breakpoints.stepped(event, EventId.SINGLESTEP in self._kinds)
-            yield Say(event)
+            yield Reply(event)
             return False
-        if self._matches(event):
-            if kind == EventId.BREAKPOINT and self._breakpoints.hit(event) and self._breakpoints.hit_again(event):
-                yield from self._breakpoints.step_over(event)
-                return False
+        ours = self._is_ours(event)
+        if self._matches(event) and not (ours and self._breakpoints.hit_again(event)):
             return True
-        yield from self._reply(event)
+        if ours:
+            yield from self._breakpoints.step_over(event)
+        else:
+            yield Reply(event)
         return False
 
     def answer(self, event: WatchedEvent) -> Plan[None]:
         """Answer an event that was handed out."""
-        if event.answer is None or event.answer.action == Action.CONTINUE:
-            yield from self._reply(event, event.answer)
+        answer, registers = event.answer or Reply(event), event.registers_to_set
+        if answer.action == Action.CONTINUE and self._is_ours(event):
+            if registers is not None:
+                yield from ask(messages.set_registers(event.vcpu, registers))
+            yield from self._breakpoints.step_over(event)
         else:
-            yield event.answer
+            yield from _say(answer, registers)
+
+    def _is_ours(self, event: Event) -> bool:
+        return event.event == EventId.BREAKPOINT and self._breakpoints.hit(event)
 
     def _retry(self) -> Plan[None]:
         """Try again the vCPUs that the guest had not started."""
@@ -208,12 +220,6 @@ class Watch:
             for vcpu in sorted(self._not_started):
                 yield from self._take_in(vcpu)
             self._retry_at = monotonic() + RETRY_EVERY
-
-    def _reply(self, event: Event, answer: Say | None = None) -> Plan[None]:
-        if event.event == EventId.BREAKPOINT and self._breakpoints.hit(event):
-            yield from self._breakpoints.step_over(event)
-        else:
-            yield answer or Say(event)
 
     def _matches(self, event: Event) -> bool:
         return any(interest.event == event.event and interest.matches(event) for interest in self._interests)
@@ -260,6 +266,13 @@ class Watch:
         if enable:
             self._watched.add(vcpu)
         yield from ask_all(requests)
+
+
+def _say(answer: Reply, registers: Registers | None) -> Plan[None]:
+    if registers is None:
+        yield answer
+    else:
+        yield from quietly(messages.set_registers(answer.event.vcpu, registers), answer)
 
 
 def _pages(watches: Iterable[PageWatch]) -> dict[int, Access]:

@@ -16,6 +16,7 @@ from kvmi_host.protocol.events import (
     OwnData,
     PageFault,
     PageFaultReply,
+    Reply,
     Trap,
 )
 from kvmi_host.protocol.framing import MAX_PAYLOAD, Frame, Framer, frame
@@ -64,6 +65,7 @@ __all__ = [
     "PageFaultReply",
     "ProtocolError",
     "Registers",
+    "Reply",
     "Request",
     "Segment",
     "SpecialRegisters",

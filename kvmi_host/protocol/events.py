@@ -215,6 +215,15 @@ class PageFaultReply(NamedTuple):
     rep_complete: bool = False
 
 
+class Reply(NamedTuple):
+    """The answer to an event, as :func:`encode_reply` takes it, that was not sent yet."""
+
+    event: Event
+    action: int = Action.CONTINUE
+    new_val: int | None = None
+    page_fault: PageFaultReply | None = None
+
+
 _REPLY = Struct("<H6xBB6x")
 _VALUE_REPLY = Struct("<H6xBB6xQ")
 _HAVE_NEW_VALUE = frozenset({EventId.CR, EventId.MSR})

@@ -29,7 +29,7 @@ from kvmi_host.introspect import (
 from kvmi_host.introspect.holding import Hold
 from kvmi_host.introspect.plans import run
 from kvmi_host.introspect.watch import RETRY_EVERY, Watch
-from kvmi_host.protocol import Access, Action, Command, CommandError, EventId
+from kvmi_host.protocol import Access, Action, Command, CommandError, EventId, messages
 from kvmi_host.testing.peer import SimulatedKernel, next_reply
 
 INT3, NOP = b"\xcc", b"\x90"
@@ -239,6 +239,35 @@ def test_an_event_is_answered_as_it_was_told(make_vm):
     assert next_reply(replies).own == struct.pack("<Q", 0x1000)
 
 
+def test_registers_are_set_in_the_same_write_as_the_answer(make_vm):
+    kernel, vm = make_vm()
+    replies = kernel.fire(EventId.HYPERCALL)
+    for event in vm.events(HYPERCALL):
+        kernel.carried_out.clear()
+        event.reply(registers=event.registers._replace(rip=0x1000))
+        break
+    assert next_reply(replies).action == Action.CONTINUE
+    switch = Command.CONTROL_CMD_RESPONSE
+    end = kernel.carried_out[-3:]
+    assert end == [switch, Command.SET_REGISTERS, switch]
+
+
+def test_a_batch_is_not_answered(make_vm):
+    kernel, vm = make_vm()
+    kernel.carried_out.clear()
+    vm.batch(messages.write_physical(0, b"a"), messages.write_physical(1, b"b"))
+    switch, write = Command.CONTROL_CMD_RESPONSE, Command.WRITE_PHYSICAL
+    assert kernel.carried_out == [switch, write, write, switch]
+    assert kernel.memory[:2] == b"ab"
+
+
+def test_what_a_batch_may_not_do_is_told_all_the_same(make_vm):
+    _, vm = make_vm(observe=True)
+    with pytest.raises(CommandError, match="write-physical: -EPERM"):
+        vm.batch(messages.write_physical(0, b"a"))
+    assert vm.session.guest_info() == 1
+
+
 def test_the_loop_ends_when_the_host_wants_the_session_back(make_vm):
     kernel, vm = make_vm()
     kernel.fire(EventId.UNHOOK)
@@ -375,6 +404,28 @@ def test_a_breakpoint_changes_the_guest(make_vm):
     with pytest.raises(CommandError, match="write-physical: -EPERM"):
         vm.events(Breakpoint(0x1000))
     assert not kernel.enabled(EventId.BREAKPOINT)
+
+
+def test_leaving_within_a_step_over_a_breakpoint_ends_the_step(make_vm):
+    kernel, vm = make_vm(2)
+    kernel.memory[0x1234:0x1235] = NOP
+    replies = kernel.fire(EventId.BREAKPOINT, own=hit(0x1234))
+
+    def write_cr3() -> None:
+        next_reply(replies)
+        kernel.fire(EventId.CR, own=cr3_write())
+
+    guest = threading.Thread(target=write_cr3)
+    guest.start()
+    with closing(vm.events(Breakpoint(0x1234, physical=True), CR3)) as events:
+        assert [next(events).event for _ in range(2)] == [EventId.BREAKPOINT, EventId.CR]
+        assert kernel.enabled(EventId.SINGLESTEP)
+        assert kernel.waits(1)
+    guest.join()
+    vm.session.get_version()
+    assert not kernel.enabled(EventId.SINGLESTEP)
+    assert not kernel.waits(0)
+    assert not kernel.waits(1)
 
 
 # -- pages
