@@ -49,7 +49,6 @@ class WatchedEvent(Event):
     """An event that waits for its answer: CONTINUE, unless :meth:`reply` says otherwise."""
 
     answer: Reply | None = None
-    """What was said last; None: CONTINUE."""
     registers_to_set: Registers | None = None
 
     @classmethod
