@@ -14,7 +14,8 @@ from kvmi_host.attach.policy import Policy, policy_for
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.introspect import PeerInfo, Session
-from kvmi_host.protocol import Command, EventId, command_name, event_name
+from kvmi_host.protocol import Command, command_name, event_name
+from kvmi_host.protocol.dialects import DIALECTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,9 @@ def hand_to_kernel(target: Target, sock: socket.socket, rules: Policy) -> None:
 def facts_of(session: Session, target: Target) -> Facts:
     """What the kernel says of a session: a few dozen short commands."""
     version = session.get_version()
-    commands = [c for c in Command if c > Command.EVENT and session.check_command(c)]
-    events = [e for e in EventId if session.check_event(e)]
+    dialect = DIALECTS[version.dialect]
+    commands = [c for c in sorted(dialect.commands) if session.check_command(c)]
+    events = [e for e in sorted(dialect.events) if session.check_event(e)]
     return Facts(
         uuid=target.uuid,
         name=target.name,

@@ -11,8 +11,9 @@ then the event's own data. Nothing is decoded until it is read::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from struct import Struct
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from kvmi_host.protocol.errors import ProtocolError
 from kvmi_host.protocol.ids import Action, EventId, event_name
@@ -31,8 +32,8 @@ _SIZE = Struct("<H")
 _VCPU = Struct("<2xH")
 _RIP = Struct(f"<{_REGS_AT + 16 * 8}xQ")
 _CR3 = Struct(f"<{_SREGS_AT + 224 + 2 * 8}xQ")
-# Where each field of the common part ends, to name what a short event lacks.
-_COMMON_FIELDS = ((2, "size"), (4, "vcpu"), (5, "event"), (9, "mode"), (160, "regs"), (472, "sregs"), (544, "msrs"))
+COMMON_FIELDS = ((2, "size"), (4, "vcpu"), (5, "event"), (9, "mode"), (160, "regs"), (472, "sregs"), (544, "msrs"))
+"""Where each field of the common part ends, to name what a short event lacks."""
 
 
 class CrWrite(NamedTuple):
@@ -79,6 +80,20 @@ class Trap(NamedTuple):
     cr2: int
 
 
+class TrapV7(NamedTuple):
+    """The same as dialect v7 tells it: without the type."""
+
+    vector: int
+    error_code: int
+    cr2: int
+
+
+class SingleStep(NamedTuple):
+    """An instruction was stepped over, in dialect v7. ``failed``: 1 if it could not be."""
+
+    failed: int
+
+
 class DescriptorAccess(NamedTuple):
     """A register of a descriptor table (see :class:`~kvmi_host.protocol.ids.Descriptor`) is about to be read (``write``
     0) or written (1)."""
@@ -87,10 +102,10 @@ class DescriptorAccess(NamedTuple):
     write: int
 
 
-OwnData = CrWrite | MsrWrite | BreakpointHit | PageFault | Trap | DescriptorAccess
+OwnData = CrWrite | MsrWrite | BreakpointHit | PageFault | Trap | TrapV7 | SingleStep | DescriptorAccess
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How an event's own data is read, and where each of its fields ends."""
 
     struct: Struct
@@ -98,13 +113,13 @@ class _Layout(NamedTuple):
     ends: tuple[int, ...]
 
 
-_OWN: dict[int, _Layout] = {
-    EventId.CR: _Layout(Struct("<H6xQQ"), CrWrite, (2, 16, 24)),
-    EventId.MSR: _Layout(Struct("<I4xQQ"), MsrWrite, (4, 16, 24)),
-    EventId.BREAKPOINT: _Layout(Struct("<QB"), BreakpointHit, (8, 9)),
-    EventId.PF: _Layout(Struct("<QQBxH"), PageFault, (8, 16, 17, 20)),
-    EventId.TRAP: _Layout(Struct("<III4xQ"), Trap, (4, 8, 12, 24)),
-    EventId.DESCRIPTOR: _Layout(Struct("<BB"), DescriptorAccess, (1, 2)),
+OWN: Mapping[int, Layout] = {
+    EventId.CR: Layout(Struct("<H6xQQ"), CrWrite, (2, 16, 24)),
+    EventId.MSR: Layout(Struct("<I4xQQ"), MsrWrite, (4, 16, 24)),
+    EventId.BREAKPOINT: Layout(Struct("<QB"), BreakpointHit, (8, 9)),
+    EventId.PF: Layout(Struct("<QQBxH"), PageFault, (8, 16, 17, 20)),
+    EventId.TRAP: Layout(Struct("<III4xQ"), Trap, (4, 8, 12, 24)),
+    EventId.DESCRIPTOR: Layout(Struct("<BB"), DescriptorAccess, (1, 2)),
 }
 _KINDS = {int(e): e for e in EventId}
 
@@ -112,10 +127,14 @@ _KINDS = {int(e): e for e in EventId}
 class Event:
     """One event. Immutable; fields are decoded from its bytes when they are read.
 
+    A dialect that lays out events otherwise has a subclass, with tables of its own in place of these two.
+
     :ivar seq: the event's number in the session: counts from 1 over all vCPUs, wraps at 2**32.
     """
 
-    __slots__ = ("_body", "seq")
+    __slots__ = ("_body", "_layout", "seq")
+    layouts: ClassVar[Mapping[int, Layout]] = OWN
+    common: ClassVar[tuple[tuple[int, str], ...]] = COMMON_FIELDS
 
     def __init__(self, seq: int, body: bytes) -> None:
         """
@@ -124,9 +143,9 @@ class Event:
         """
         if len(body) < EVENT_SIZE or _SIZE.unpack_from(body)[0] < EVENT_SIZE:
             known = min(len(body), _SIZE.unpack_from(body)[0]) if len(body) >= 2 else len(body)
-            missing = next(name for end, name in _COMMON_FIELDS if end > known)
+            missing = next(name for end, name in self.common if end > known)
             raise ProtocolError(f"event {seq}: {known} bytes of kvmi_event, too few for its field {missing!r}")
-        layout = _OWN.get(body[4])
+        layout = self.layouts.get(body[4])
         own = len(body) - _SIZE.unpack_from(body)[0]
         if own < (layout.struct.size if layout else 0):
             fields = zip(layout.ends, layout.type._fields, strict=True) if layout else ()
@@ -134,6 +153,7 @@ class Event:
             raise ProtocolError(f"event {seq} ({event_name(body[4])}): ends before its field {missing!r}")
         self.seq = seq
         self._body = body
+        self._layout = layout
 
     @property
     def vcpu(self) -> int:
@@ -182,7 +202,7 @@ class Event:
     @property
     def data(self) -> OwnData | None:
         """What this kind of event tells besides the vCPU's state; None for kinds that tell nothing more."""
-        layout = _OWN.get(self._body[4])
+        layout = self._layout
         if layout is None:
             return None
         return layout.type._make(layout.struct.unpack_from(self._body, _SIZE.unpack_from(self._body)[0]))
