@@ -88,15 +88,15 @@ def test_pages_keep_the_access_that_was_set(pair):
     assert session.page_access(0x1FFF) == (Access.ALL,)
 
 
-@pytest.mark.parametrize(("error_code", "address"), [(None, 0), (0, 0), (2, 0x1234)])
-def test_a_vcpu_takes_one_exception_at_a_time(pair, error_code, address):
+@pytest.mark.parametrize(("vector", "error_code", "address"), [(6, None, 0), (13, 0, 0), (14, 2, 0x1234)])
+def test_a_vcpu_takes_one_exception_at_a_time(pair, vector, error_code, address):
     kernel, session = pair(vcpus=2)
-    session.inject_exception(1, 14, error_code, address)
+    session.inject_exception(1, vector, error_code, address)
     with pytest.raises(CommandError) as caught:
         session.inject_exception(1, 6)
     assert caught.value.code is ErrorCode.EBUSY
     assert kernel.take_exception(0) is None
-    assert kernel.take_exception(1) == (14, error_code, address)
+    assert kernel.take_exception(1) == (vector, error_code, address)
     session.inject_exception(1, 6)
 
 
@@ -109,13 +109,22 @@ def test_a_vcpu_takes_one_exception_at_a_time(pair, error_code, address):
         (Command.INJECT_EXCEPTION, "20 00 0000 00000000 0000000000000000", 0),
         (Command.INJECT_EXCEPTION, "0d 02 0000 00000000 0000000000000000", 0),
         (Command.INJECT_EXCEPTION, "0d 01 0100 00000000 0000000000000000", 0),
+        (Command.INJECT_EXCEPTION, "0d 00 0000 00000000 0000000000000000", 0),
+        (Command.INJECT_EXCEPTION, "06 01 0000 00000000 0000000000000000", 0),
+        (Command.INJECT_EXCEPTION, "02 00 0000 00000000 0000000000000000", 0),
+        (Command.CHECK_COMMAND, "0200 0100 00000000", None),
+        (Command.CHECK_EVENT, "0200 0000 01000000", None),
+        (Command.CONTROL_EVENTS, "0a00 00 00 00000000", 0),
+        (Command.GET_REGISTERS, "0100 0000 00000000 adde0000", 0),
+        (Command.GET_REGISTERS, "e201 0000 00000000" + "740100c0" * 482, 0),
+        (Command.GET_MTRR_TYPE, "0000000000001000", None),
         (Command.GET_PAGE_ACCESS, "0100 0100 00000000 0000000000000000", None),
         (Command.GET_PAGE_ACCESS, "0000 0200 00000000 0000000000000000", None),
         (Command.GET_PAGE_ACCESS, "0000 0100 01000000 0000000000000000", None),
         (Command.GET_PAGE_ACCESS, "0000 0100 00000000 0000000000000001", None),
         (Command.SET_PAGE_ACCESS, "0000 0100 00000000 0000000000000000 08 00 0000 00000000", None),
         (Command.SET_PAGE_ACCESS, "0000 0100 00000000 0000000000000000 01 01 0000 00000000", None),
-        (Command.SET_PAGE_ACCESS, "0000 0000 00000000 0000000000000000 01 00 0000 00000000", None),
+        (Command.SET_PAGE_ACCESS, "0000 0100 00000000 0000000000000000 02 00 0000 00000000", None),
     ],
 )
 def test_a_bad_field_is_einval(pair, command, payload, vcpu):
