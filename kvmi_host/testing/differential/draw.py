@@ -59,7 +59,7 @@ class Drawing:
             return Act(random.choice(idle), random.choice(tuple(Deed)))
         if not self._answers and random.random() < 0.4:
             return self._switch_answers(True)
-        if random.random() < 0.01:
+        if random.random() < 0.02:
             return self._fatal()
         return self._ask()
 
@@ -129,6 +129,7 @@ class Drawing:
         return self._random.choice(
             (
                 Raw(pack("<HHI", Command.GET_VERSION, 8185, 1)),
+                Raw(pack("<HHI", 63, 65535, 1)),
                 Ask(Command.GET_VCPU_INFO, VCPU.pack(0, 1, 0)),
                 Ask(Command.GET_VCPU_INFO, bytes(7)),
                 Ask(Command.READ_PHYSICAL, pack("<QQ", page + 1, _PAGE)),

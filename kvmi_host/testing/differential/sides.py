@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import mmap
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -190,14 +191,14 @@ class _PuppetGuest:
 
     def __init__(self, puppet: Puppet) -> None:
         self._puppet = puppet
-        self._turn = [0] * VCPUS
+        self._turns: Counter[tuple[int, Deed]] = Counter()
         self._value = 1 << 32
 
     def act(self, vcpu: int, deed: Deed) -> None:
         """See :class:`~kvmi_host.testing.differential.steps.Guest`."""
-        self._turn[vcpu] ^= 1
+        self._turns[vcpu, deed] += 1
         self._value += 0x1000
-        other = self._turn[vcpu]
+        other = self._turns[vcpu, deed] % 2
         start = self._puppet.start
         if deed is Deed.HYPERCALL:
             start(vcpu, self._puppet.hypercall(vcpu), rax=_HYPERCALL, rdi=_HYPERCALL_EVENT)

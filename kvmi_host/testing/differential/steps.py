@@ -54,7 +54,7 @@ class Reply(NamedTuple):
     :ivar seq: added to its number.
     :ivar to: the vCPU in the reply.
     :ivar common: how many bytes of ``kvmi_event_reply`` there are.
-    :ivar own: the own data; None: what changes nothing.
+    :ivar own: the own data; None: what changes nothing, or none after a common part that is short.
     :ivar cut: how many bytes of the own data there are.
     """
 
@@ -185,8 +185,8 @@ class Driver:
     def _encode(self, reply: Reply) -> bytes:
         event = self.waiting.get(reply.vcpu)
         data = event.data if event else None
-        own = reply.own
-        if own is None:
+        own = reply.own or b""
+        if reply.own is None and reply.common == _COMMON.size:
             own = _NEW_VALUE.pack(data.new) if isinstance(data, CrWrite | MsrWrite) else b""
             if event and event.event == EventId.PF:
                 own = _PAGE_FAULT
@@ -265,7 +265,7 @@ class Driver:
             error: int = _ERROR.unpack_from(message.payload)[0]
             data = message.payload[_ERROR.size :]
             answer = f"error {error}" if error else f"answer of {len(data)} bytes"
-            answer += f": {data.hex()}" if message.id in _COMPARED else ""
+            answer += f": {data.hex()}" if data and message.id in _COMPARED else ""
         known = {asked, *self._barriers}
         strays = [m for m in self._came if m.id != Command.EVENT and m.seq not in known]
         answer += "".join(f", and one of {command_name(stray.id)} that is late" for stray in strays)

@@ -37,7 +37,7 @@ def test_what_is_drawn_follows_from_the_seed() -> None:
 
 
 def test_what_is_drawn_is_of_every_kind() -> None:
-    scripts = [drawn(seed, SCRATCH, SIMULATED) for seed in range(40)]
+    scripts = [drawn(seed, SCRATCH, SIMULATED) for seed in range(60)]
     steps = [step for script in scripts for step in script.steps]
     answers = [came.answer for script in scripts for came in script.seen]
     told = {what.partition(" ")[0] for script in scripts for came in script.seen for _, what in came.events}
