@@ -49,6 +49,23 @@ class Drawing:
         self._waiting = waiting
         self._answers = True
 
+    def opening(self) -> list[Step]:
+        """What has the vCPUs tell of most of what they do; now and then nothing."""
+        random = self._random
+        if not self._full or random.random() < 0.2:
+            return []
+        steps: list[Step] = [Ask(Command.SET_PAGE_ACCESS, pack("<HHIQQ", 0, 1, 0, self._scratch[0], 1))]
+        for vcpu in range(VCPUS):
+            header = VCPU.pack(vcpu, 0, 0)
+            steps += [
+                Ask(Command.CONTROL_EVENTS, header + pack("<HBBI", deed.value, 1, 0, 0))
+                for deed in Deed
+                if random.random() < 0.8
+            ]
+            steps.append(Ask(Command.CONTROL_CR, header + pack("<BBHI", 1, 0, 0, 3)))
+            steps.append(Ask(Command.CONTROL_MSR, header + pack("<BBHI", 1, 0, 0, msr_index("lstar"))))
+        return steps
+
     def step(self) -> Step:
         """The next one."""
         random = self._random

@@ -56,8 +56,9 @@ def drawn(seed: int, scratch: Sequence[int], simulated: Side) -> Script:
     seen: list[Seen] = []
     with simulated.session(policy) as driver:
         drawing = Drawing(random, policy, scratch, driver.waiting)
-        while len(steps) < length and not driver.ended:
-            steps.append(drawing.step())
+        opening = drawing.opening()
+        while len(steps) < len(opening) + length and not driver.ended:
+            steps.append(opening[len(steps)] if len(steps) < len(opening) else drawing.step())
             seen.append(driver.carry_out(steps[-1]))
     return Script(policy, tuple(steps), tuple(seen))
 
