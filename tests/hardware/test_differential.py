@@ -18,7 +18,7 @@ from kvmi_host.testing.puppet import page
 
 pytestmark = pytest.mark.hardware
 
-DRAWN = 40
+DRAWN = 20
 NAMES = tuple(written(0))
 
 
