@@ -19,6 +19,8 @@ from kvmi_host.protocol import (
     PageFaultReply,
     ProtocolError,
     Registers,
+    SingleStep,
+    UnsupportedDialect,
     frame,
 )
 from kvmi_host.testing.peer import next_reply
@@ -350,6 +352,21 @@ def test_a_session_that_observes_cannot_change_the_guest(pair, change):
 
 
 # -- bad peers
+
+
+def test_a_v7_kernels_events_are_read_as_v7s_once_it_was_asked(ends):
+    peer, session = ends
+    peer.sendall(frame(2, 1, bytes(8) + bytes.fromhex("01000000 00000000 01 00 00 00 00000000")))
+    assert session.get_version() == (1, "v7", (1, 0, 0, 0))
+    peer.sendall(frame(1, 1, HYPERCALL_EVENT[:4] + b"\x0b" + HYPERCALL_EVENT[5:] + b"\1" + bytes(7)))
+    assert session.next_event().data == SingleStep(failed=1)
+
+
+def test_a_v12_kernel_is_refused_by_name(ends):
+    peer, session = ends
+    peer.sendall(frame(2, 1, bytes(8) + bytes.fromhex("01000000 f81f0000")))
+    with pytest.raises(UnsupportedDialect, match="the kernel speaks KVMI v12"):
+        session.get_version()
 
 
 def test_a_peer_that_does_not_answer_is_a_timeout(ends):
