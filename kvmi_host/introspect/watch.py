@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from time import monotonic
-from typing import Self
 
 from kvmi_host.introspect.breakpoints import Breakpoints
 from kvmi_host.introspect.holding import Hold
@@ -51,10 +50,10 @@ class WatchedEvent(Event):
     answer: Reply | None = None
     registers_to_set: Registers | None = None
 
-    @classmethod
-    def of(cls, event: Event) -> Self:
+    @staticmethod
+    def of(event: Event) -> WatchedEvent:
         """An event, which waits from now on."""
-        return tuple.__new__(cls, event)
+        return tuple.__new__(_watched(type(event)), event)
 
     def reply(
         self,
@@ -74,6 +73,16 @@ class WatchedEvent(Event):
         """
         self.answer = Reply(self, action, new_val, page_fault)
         self.registers_to_set = registers
+
+
+_watched_as: dict[type[Event], type[WatchedEvent]] = {Event: WatchedEvent}
+
+
+def _watched(kind: type[Event]) -> type[WatchedEvent]:
+    """The class for events that a dialect lays out its own way."""
+    if kind not in _watched_as:
+        _watched_as[kind] = type(f"Watched{kind.__name__}", (WatchedEvent, kind), {})
+    return _watched_as[kind]
 
 
 class Watch:
