@@ -145,8 +145,7 @@ class Watch:
                 break
             if event.event == EventId.UNHOOK:
                 self.unhooked = True
-            else:
-                self._hold.meets(event)
+            elif not (yield from self._hold.take(event)):
                 yield from self._let_go(event)
 
     @property
@@ -193,8 +192,7 @@ class Watch:
             return False
         if kind == EventId.CREATE_VCPU and event.vcpu not in self._watched:
             yield from self._take_in(event.vcpu)
-        elif kind == EventId.PAUSE_VCPU and self._hold.meets(event):
-            yield Reply(event)
+        elif kind == EventId.PAUSE_VCPU and (yield from self._hold.take(event)):
             return False
         elif kind == EventId.SINGLESTEP and event.vcpu == self._breakpoints.stepping:
             yield from self._breakpoints.stepped(event, EventId.SINGLESTEP in self._kinds)
