@@ -12,7 +12,6 @@ import socket
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from struct import Struct
 from time import monotonic
 from types import TracebackType
 from typing import NoReturn, Self, TypeVar
@@ -20,6 +19,7 @@ from uuid import UUID
 
 from kvmi_host.introspect.batch import Batch
 from kvmi_host.introspect.errors import SessionClosed, SessionTimeout
+from kvmi_host.introspect.roundtrip import RoundTrip
 from kvmi_host.protocol import (
     Access,
     Action,
@@ -48,9 +48,6 @@ more while it leaves a command unanswered is not a kernel."""
 _CHUNK = 65536
 _FOREVER = 2_000_000.0
 """Seconds, which poll can still count in milliseconds: no wait is longer."""
-_SLACK = 1e-3
-"""Seconds that a wait may be longer than it was asked to, to spare a system call."""
-_TIMEVAL = Struct("@ll")
 _SEND = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _NOT_ALLOWED = (ErrorCode.EPERM, ErrorCode.ENOENT, ErrorCode.EINVAL)  # forbidden, or a number the kernel lacks
 
@@ -65,7 +62,7 @@ class PeerInfo:
     pid: int | None = None
 
 
-class Session:
+class Session(RoundTrip):
     """Commands and events of one VM.
 
     Every command may raise :class:`~kvmi_host.protocol.CommandError` (refused; the session goes on),
@@ -83,7 +80,9 @@ class Session:
         self.peer = peer
         self.timeout = timeout
         self._sock = sock
-        self._patience = 0.0
+        self._fd = sock.fileno()
+        self._direct = True
+        self._poll = select.poll()
         self._connection = Connection()
         self._events: deque[Event] = deque()
 
@@ -97,6 +96,7 @@ class Session:
 
     def close(self) -> None:
         """Close the connection: the kernel ends the session, and the VM goes on. May be called again."""
+        self._fd = -1
         self._sock.close()
 
     @property
@@ -240,6 +240,7 @@ class Session:
                 if isinstance(message, Event):
                     self._keep(message)
                 elif message.seq == seq:
+                    self._settle()
                     return request.decode(message.result())
                 # Any other answer is of a command that its caller has given up waiting for.
             if not self._receive(deadline):
@@ -269,41 +270,10 @@ class Session:
                         self._keep(message)
                     else:
                         batch.take(message)
+        self._settle()
         return batch.results()
 
-    # -- events
-
-    def next_event(self, timeout: float | None = None) -> Event | None:
-        """The next event, or None when `timeout` seconds have passed without one.
-
-        :param timeout: None is the session's own timeout; 0 only looks.
-        :raise SessionClosed: the peer is gone and every event it sent was taken.
-        """
-        if self._events:
-            return self._events.popleft()
-        deadline = monotonic() + (self.timeout if timeout is None else timeout)
-        while True:
-            while (message := self._connection.next_message()) is not None:
-                if isinstance(message, Event):
-                    return message
-            if not self._receive(deadline):
-                return None
-
-    def reply(
-        self,
-        event: Event,
-        action: int = Action.CONTINUE,
-        *,
-        new_val: int | None = None,
-        page_fault: PageFaultReply | None = None,
-    ) -> None:
-        """Answer an event, and let its vCPU go on.
-
-        :param new_val: for CR and MSR: the value to write instead of the guest's own.
-        :param page_fault: for PF: how the access is made.
-        :raise ValueError: the event has no reply, or takes no such data.
-        """
-        self.send_raw(self._connection.reply(event, action, new_val, page_fault))
+    # -- events: next_event and reply are RoundTrip's
 
     def send_raw(self, data: bytes) -> None:
         """Send bytes as they are: for tests of the other end, and for messages made elsewhere.
@@ -337,34 +307,53 @@ class Session:
             raise ProtocolError(f"the peer sent {MAX_WAITING_EVENTS} events without waiting for a reply")
         self._events.append(event)
 
-    def _receive(self, deadline: float) -> bool:
-        """Feed the connection once; False when the deadline passed before there was anything.
+    def _next_event(self, timeout: float, received: bytes = b"") -> Event | None:
+        deadline = monotonic() + timeout
+        if self._events:
+            return self._events.popleft()
+        if received:
+            self._feed(received)
+        while True:
+            while (message := self._connection.next_message()) is not None:
+                if isinstance(message, Event):
+                    self._settle()
+                    return message
+            if not self._receive(deadline):
+                self._settle()
+                return None
 
-        The kernel keeps the time, which saves asking it for readiness before. Where a signal handler returns, the wait
-        begins anew.
-        """
-        left = deadline - monotonic()
-        if left > 0 and not left <= self._patience <= left + _SLACK:
-            self._set_patience(left)
-        try:
-            data = self._sock.recv(_CHUNK, 0 if left > 0 else socket.MSG_DONTWAIT)
-        except BlockingIOError:
+    def _reply(
+        self,
+        event: Event,
+        action: int = Action.CONTINUE,
+        *,
+        new_val: int | None = None,
+        page_fault: PageFaultReply | None = None,
+    ) -> None:
+        self.send_raw(self._connection.reply(event, action, new_val, page_fault))
+
+    def _receive(self, deadline: float) -> bool:
+        """Feed the connection once; False when the deadline passed before there was anything."""
+        if not self._wait(select.POLLIN, deadline):
             return False
+        try:
+            data = self._sock.recv(_CHUNK, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
         except OSError as error:
             self._lost(error)
-        self._connection.receive_data(data)
+        self._feed(data)
         if not data:
             raise SessionClosed("the session has ended")
         return True
 
-    def _set_patience(self, seconds: float) -> None:
-        """Have the kernel end a wait for data after so long."""
-        microseconds = int(min(seconds, _FOREVER) * 1e6) + 1
-        try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(*divmod(microseconds, 1000000)))
-        except OSError as error:
-            self._lost(error)
-        self._patience = microseconds / 1e6
+    def _feed(self, data: bytes) -> None:
+        self._direct = False
+        self._connection.receive_data(data)
+
+    def _settle(self) -> None:
+        """What comes next may be received by the compiled round trip, if nothing that came before is left."""
+        self._direct = not self._events and not self._connection.pending
 
     def _send(self, data: bytes | memoryview) -> int:
         """Send what the socket takes now; how many bytes that was."""
@@ -379,10 +368,9 @@ class Session:
         """Wait for poll's `events`: those that are there, 0 when the deadline passed before there was any."""
         if self.closed:
             raise SessionClosed("the session has ended")
-        poll = select.poll()
-        poll.register(self._sock, events)
+        self._poll.register(self._sock, events)
         left = min(max(0.0, deadline - monotonic()), _FOREVER)
-        ready = poll.poll(left * 1000)
+        ready = self._poll.poll(left * 1000)
         return ready[0][1] if ready else 0
 
     def _lost(self, error: OSError) -> NoReturn:

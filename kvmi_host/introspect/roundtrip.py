@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The round trip of an event: what a session does most, in its compiled form where that was built.
+
+What is here exists twice, here and in ``_roundtrip.c``. Compiled, nothing runs in Python for an event that comes alone
+and is answered without a change; all else is left to the derived classes' ``_next_event`` and ``_reply``, which do the
+same alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from kvmi_host.protocol import Action, Event, PageFaultReply
+
+
+class Replying:
+    """Answers to events.
+
+    :ivar _fd: the socket that the compiled form may send to; negative: none.
+    """
+
+    _fd: int
+
+    def reply(
+        self,
+        event: Event,
+        action: int = Action.CONTINUE,
+        *,
+        new_val: int | None = None,
+        page_fault: PageFaultReply | None = None,
+    ) -> None:
+        """Answer an event, and let its vCPU go on.
+
+        :param new_val: for CR and MSR: the value to write instead of the guest's own.
+        :param page_fault: for PF: how the access is made.
+        :raise ValueError: the event has no reply, or takes no such data.
+        """
+        self._reply(event, action, new_val=new_val, page_fault=page_fault)
+
+    def _reply(
+        self,
+        event: Event,
+        action: int = Action.CONTINUE,
+        *,
+        new_val: int | None = None,
+        page_fault: PageFaultReply | None = None,
+    ) -> None:
+        raise NotImplementedError
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes as they are: for tests of the other end, and for messages made elsewhere."""
+        raise NotImplementedError
+
+
+class RoundTrip(Replying):
+    """Events and their replies.
+
+    :ivar timeout: the deadline of a command in seconds.
+    :ivar _direct: nothing that was received is left in Python, so that the next bytes begin a message.
+    """
+
+    timeout: float
+    _direct: bool
+
+    def next_event(self, timeout: float | None = None) -> Event | None:
+        """The next event, or None when `timeout` seconds have passed without one.
+
+        :param timeout: None is the session's own timeout; 0 only looks.
+        :raise SessionClosed: the peer is gone and every event it sent was taken.
+        """
+        return self._next_event(self.timeout if timeout is None else timeout)
+
+    def _next_event(self, timeout: float, received: bytes = b"") -> Event | None:
+        """:meth:`next_event`, when `received` came before."""
+        raise NotImplementedError
+
+
+def event_in(_data: memoryview, _size: int) -> Event | None:
+    """The event that the first `size` bytes of `data` are. None: they are not exactly one, or this is not compiled."""
+    return None
+
+
+if not TYPE_CHECKING:
+    with suppress(ImportError):  # not built: there was no C compiler
+        from kvmi_host.introspect._roundtrip import Replying, RoundTrip, event_in  # noqa: F401
