@@ -26,6 +26,7 @@
 enum { EVENT_REPLY = 0, EVENT = 1 };				/* message ids */
 enum { UNHOOK = 0, CR = 1, MSR = 2, KINDS = 256 };		/* kinds of events */
 enum { HEADER = 8, COMMON = 544, VALUE_AT = 16, VALUE = 8 };	/* sizes; where a CR's or MSR's new value is */
+enum { HEAD = 16, PAGE = 4096, PAGES_AT_ONCE = 64 };		/* of an answer to READ_PHYSICAL of a page */
 enum { CONTINUE = 0 };						/* action */
 enum { CHUNK = 4096, LONGEST = 2000000, MOST_ARGUMENTS = 8 };	/* bytes; seconds */
 
@@ -104,6 +105,61 @@ static PyObject *event_in(PyObject *module, PyObject *const *arguments, Py_ssize
 	event = event_from(data.buf, size < data.len ? size : data.len);
 	PyBuffer_Release(&data);
 	return event || PyErr_Occurred() ? event : Py_NewRef(Py_None);
+}
+
+PyDoc_STRVAR(receive_pages_doc,
+"receive_pages(fd, reads, /)\n--\n\n"
+"Receive what there is of the answers to a kvmi_host.protocol.pages.PageReads, to where it belongs: how many bytes;\n"
+"0 at the end.\n\n"
+":raise OSError: as recvmsg(2).");
+
+static PyObject *receive_pages(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+	struct iovec parts[2 * PAGES_AT_ONCE];
+	struct msghdr message = { .msg_iov = parts };
+	PyObject *at_object = NULL, *heads_object = NULL, *pages_object = NULL, *result = NULL;
+	Py_buffer heads = { 0 }, pages = { 0 };
+	Py_ssize_t at, page, within, end;
+	ssize_t size;
+	int fd;
+
+	if (count != 2)
+		return PyErr_Format(PyExc_TypeError, "receive_pages() takes a descriptor and PageReads");
+	fd = PyLong_AsLong(arguments[0]);
+	at_object = PyObject_GetAttrString(arguments[1], "at");
+	heads_object = PyObject_GetAttrString(arguments[1], "heads");
+	pages_object = PyObject_GetAttrString(arguments[1], "pages");
+	if (!at_object || !heads_object || !pages_object || PyErr_Occurred())
+		goto out;
+	at = PyLong_AsSsize_t(at_object);
+	if (PyErr_Occurred() || PyObject_GetBuffer(heads_object, &heads, PyBUF_WRITABLE) ||
+	    PyObject_GetBuffer(pages_object, &pages, PyBUF_WRITABLE))
+		goto out;
+	page = at / (HEAD + PAGE);
+	within = at % (HEAD + PAGE);
+	end = Py_MIN(heads.len / HEAD, pages.len / PAGE);
+	for (; at >= 0 && page < end && message.msg_iovlen < 2 * PAGES_AT_ONCE; page++) {
+		parts[message.msg_iovlen++] = (struct iovec){ (char *)heads.buf + page * HEAD, HEAD };
+		parts[message.msg_iovlen++] = (struct iovec){ (char *)pages.buf + page * PAGE, PAGE };
+	}
+	for (int part = 0; message.msg_iovlen && within; part++) {
+		size_t past = Py_MIN((size_t)within, parts[part].iov_len);
+
+		parts[part].iov_base = (char *)parts[part].iov_base + past;
+		parts[part].iov_len -= past;
+		within -= past;
+	}
+	Py_BEGIN_ALLOW_THREADS
+	size = recvmsg(fd, &message, MSG_DONTWAIT);
+	Py_END_ALLOW_THREADS
+	result = size < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSsize_t(size);
+out:
+	PyBuffer_Release(&heads);
+	PyBuffer_Release(&pages);
+	Py_XDECREF(at_object);
+	Py_XDECREF(heads_object);
+	Py_XDECREF(pages_object);
+	return result;
 }
 
 /* @fd: the session's socket; negative if everything is to be done in Python. */
@@ -317,6 +373,7 @@ out:
 }
 
 static PyMethodDef methods[] = {
+	{ "receive_pages", (PyCFunction)(void (*)(void))receive_pages, METH_FASTCALL, receive_pages_doc },
 	{ "event_in", (PyCFunction)(void (*)(void))event_in, METH_FASTCALL, event_in_doc },
 	{ 0 }
 };

@@ -8,10 +8,12 @@ same alone.
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from kvmi_host.protocol import Action, Event, PageFaultReply
+from kvmi_host.protocol.pages import PageReads
 
 
 class Replying:
@@ -81,6 +83,14 @@ def event_in(_data: memoryview, _size: int) -> Event | None:
     return None
 
 
+def receive_pages(fd: int, reads: PageReads) -> int:
+    """Receive what there is of the answers to `reads`, to where it belongs: how many bytes; 0 at the end.
+
+    :raise OSError: as readv(2). The compiled form raises BlockingIOError where there is nothing; this one waits.
+    """
+    return os.readv(fd, reads.room())
+
+
 if not TYPE_CHECKING:
     with suppress(ImportError):  # not built: there was no C compiler
-        from kvmi_host.introspect._roundtrip import Replying, RoundTrip, event_in  # noqa: F401
+        from kvmi_host.introspect._roundtrip import Replying, RoundTrip, event_in, receive_pages  # noqa: F401

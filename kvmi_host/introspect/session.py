@@ -19,7 +19,7 @@ from uuid import UUID
 
 from kvmi_host.introspect.batch import Batch
 from kvmi_host.introspect.errors import SessionClosed, SessionTimeout
-from kvmi_host.introspect.roundtrip import RoundTrip
+from kvmi_host.introspect.roundtrip import RoundTrip, receive_pages
 from kvmi_host.protocol import (
     Access,
     Action,
@@ -38,6 +38,8 @@ from kvmi_host.protocol import (
     command_name,
     messages,
 )
+from kvmi_host.protocol.messages import PAGE_SIZE
+from kvmi_host.protocol.pages import MOST_PAGES, PageReads
 
 T = TypeVar("T")
 
@@ -212,6 +214,22 @@ class Session(RoundTrip):
         """`size` bytes of guest memory at physical address `gpa`, within one 4096-byte page."""
         return self.ask(messages.read_physical(gpa, size))
 
+    def read_pages(self, gpa: int, buffer: bytearray | memoryview) -> None:
+        """Fill `buffer` with guest memory from physical address `gpa` on. Both are whole pages of 4096 bytes.
+
+        Many times as fast as a command for each. The deadline is that of each answer after the one before it.
+
+        :raise CommandError: the first refusal, when all answers to up to 1024 pages' commands were taken: the pages
+            that were refused are zero, and what comes after these 1024 was not read.
+        :raise ValueError: not whole pages.
+        """
+        view = memoryview(buffer).cast("B")
+        if gpa % PAGE_SIZE or len(view) % PAGE_SIZE:
+            raise ValueError(f"{len(view)} bytes at {gpa:#x} are not whole pages of {PAGE_SIZE}")
+        for start in range(0, len(view), MOST_PAGES * PAGE_SIZE):
+            run = view[start : start + MOST_PAGES * PAGE_SIZE]
+            self._read_run(PageReads(self._connection, gpa + start, run))
+
     def write_physical(self, gpa: int, data: bytes) -> None:
         """Write guest memory at physical address `gpa`, within one 4096-byte page."""
         self.ask(messages.write_physical(gpa, data))
@@ -300,6 +318,47 @@ class Session(RoundTrip):
                 return False
             raise
         return True
+
+    def _read_run(self, reads: PageReads) -> None:
+        unsent = reads.commands
+        deadline = monotonic() + self.timeout
+        self._direct = False
+        try:
+            while unsent or reads.unanswered:
+                ready = self._wait(select.POLLIN | (select.POLLOUT if unsent else 0), deadline)
+                if not ready:
+                    raise SessionTimeout(f"{reads.unanswered} pages: no answer in {self.timeout} s")
+                if ready & select.POLLOUT:
+                    unsent = unsent[self._send(unsent) :]
+                if ready & ~select.POLLOUT:
+                    deadline = monotonic() + self.timeout
+                    self._receive_pages(reads)
+        finally:
+            if reads.unanswered:
+                reads.leave()
+        self._settle()
+        reads.result()
+
+    def _receive_pages(self, reads: PageReads) -> None:
+        if not reads.laid_out and not reads.resume():
+            self._receive(0.0)
+        else:
+            try:
+                size = receive_pages(self._sock.fileno(), reads)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._lost(error)
+            reads.received(size)
+            if not size:
+                reads.leave()
+                self._connection.receive_data(b"")
+                raise SessionClosed("the session has ended")
+        while not reads.laid_out and (message := self._connection.next_message()) is not None:
+            if isinstance(message, Event):
+                self._keep(message)
+            else:
+                reads.take(message)
 
     def _keep(self, event: Event) -> None:
         if len(self._events) >= MAX_WAITING_EVENTS:

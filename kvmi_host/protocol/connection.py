@@ -22,6 +22,7 @@ States, and what moves between them::
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from enum import Enum
 from struct import Struct
 from typing import NamedTuple, NoReturn
@@ -33,6 +34,7 @@ from kvmi_host.protocol.ids import Action, Command, command_name
 from kvmi_host.protocol.messages import Request
 
 _ERROR_CODE = Struct("<i4x")
+_LAST_SEQ = 0xFFFFFFFF
 _EVENT, _EVENT_REPLY = int(Command.EVENT), int(Command.EVENT_REPLY)
 
 _SILENT_REMEMBERED = 1024
@@ -125,7 +127,7 @@ class Connection:
         With the answers switched off none will come, except that the kernel may still refuse: an :class:`Answer` with
         that seq and an error.
         """
-        self._seq = seq = (self._seq + 1) & 0xFFFFFFFF
+        self._seq = seq = (self._seq + 1) & _LAST_SEQ
         command = request.command
         answered = self._answers_on
         if command == Command.CONTROL_CMD_RESPONSE and len(request.payload) >= 2:
@@ -140,6 +142,30 @@ class Connection:
             if len(self._silent) > _SILENT_REMEMBERED:
                 self._silent.popitem(last=False)
         return seq, answered, frame(command, seq, request.payload)
+
+    def take_seqs(self, count: int) -> range:
+        """The seqs of `count` commands that the caller makes itself, and whose answers it receives itself.
+
+        :raise ValueError: the answers are switched off.
+        """
+        if not self._answers_on:
+            raise ValueError("what is asked for comes with the answers, and they are switched off")
+        first = self._seq + 1 if self._seq + count <= _LAST_SEQ else 1
+        self._seq = first + count - 1
+        return range(first, first + count)
+
+    def expect(self, command: int, seqs: Iterable[int]) -> None:
+        """Answers of these commands may come by :meth:`next_message`."""
+        self._asked.update(dict.fromkeys(seqs, command))
+
+    def forget(self, seqs: Iterable[int]) -> None:
+        """Answers of these commands will not come by :meth:`next_message`; they were expected before."""
+        for seq in seqs:
+            del self._asked[seq]
+
+    def withdraw(self) -> bytes:
+        """Give back the bytes of which no message was taken yet."""
+        return self._framer.withdraw()
 
     def reply(
         self,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A session's rules hold with the compiled round trip and without."""
 
+import os
+
 import pytest
 
-from kvmi_host.introspect import Session, aio, roundtrip
+from kvmi_host.introspect import Session, aio, roundtrip, session
 
 
 @pytest.fixture(autouse=True, params=["compiled", "python"])
@@ -16,6 +18,7 @@ def form(request, monkeypatch) -> str:
         monkeypatch.setattr(Session, "reply", Session._reply)
         monkeypatch.setattr(Session, "next_event", _next_event)
         monkeypatch.setattr(aio.AsyncSession, "reply", aio.AsyncSession._reply)
+        monkeypatch.setattr(session, "receive_pages", lambda fd, reads: os.readv(fd, reads.room()))
         monkeypatch.setattr(aio, "event_in", lambda data, size: None)
     return request.param
 
