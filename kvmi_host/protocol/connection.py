@@ -27,6 +27,7 @@ States, and what moves between them::
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from enum import Enum
 from struct import Struct
 from typing import NamedTuple, NoReturn
@@ -39,7 +40,6 @@ from kvmi_host.protocol.ids import Action, Command, command_name
 from kvmi_host.protocol.messages import Request
 
 _ERROR_CODE = Struct("<i4x")
-_EVENT, _EVENT_REPLY = int(Command.EVENT), int(Command.EVENT_REPLY)
 
 _SILENT_REMEMBERED = 1024
 """How many commands sent with answers off are remembered: refusals of them may still come."""
@@ -84,6 +84,7 @@ class Connection:
     """One session, seen from the introspector.
 
     :ivar state: see the head of this file.
+    :ivar due: the number that the next event should have; None before the first one.
     """
 
     __slots__ = (
@@ -92,11 +93,11 @@ class Connection:
         "_dialect",
         "_event",
         "_framer",
-        "_next_event",
         "_seq",
         "_silent",
         "_skipped",
         "_switches",
+        "due",
         "state",
     )
 
@@ -107,7 +108,7 @@ class Connection:
         """
         self.state = State.OPEN
         self._speak(dialect)
-        self._next_event: int | None = None
+        self.due: int | None = None
         self._skipped: set[int] = set()
         self._framer = Framer()
         self._seq = 0
@@ -156,15 +157,22 @@ class Connection:
             message_id, seq, payload = message
             if message_id == _EVENT:
                 event = self._event(seq, payload)
-                if seq != self._next_event:
-                    self._out_of_turn(seq)
-                else:
-                    self._next_event = (seq + 1) & _SEQ_MASK
+                self.count(seq)
                 return event
             return self._answer(message)
         except ProtocolError:
             self.state = State.BROKEN
             raise
+
+    def count(self, seq: int) -> None:
+        """Account for the number of an event. For those that were received elsewhere; :meth:`next_message` does.
+
+        :raise ProtocolError: it came before, or too many were skipped.
+        """
+        if seq == self.due:
+            self.due = (seq + 1) & _SEQ_MASK
+        else:
+            self._out_of_turn(seq)
 
     def command(self, request: Request[object]) -> tuple[int, bool, bytes]:
         """The command's seq, whether an answer will come, and its bytes.
@@ -191,6 +199,30 @@ class Connection:
             if len(self._silent) > _SILENT_REMEMBERED:
                 self._silent.popitem(last=False)
         return seq, answered, frame(command, seq, request.payload)
+
+    def take_seqs(self, count: int) -> range:
+        """The seqs of `count` commands that the caller makes itself, and whose answers it receives itself.
+
+        :raise ValueError: the answers are switched off.
+        """
+        if not self._answers_on:
+            raise ValueError("what is asked for comes with the answers, and they are switched off")
+        first = self._seq + 1 if self._seq + count <= _SEQ_MASK else 1
+        self._seq = first + count - 1
+        return range(first, first + count)
+
+    def expect(self, command: int, seqs: Iterable[int]) -> None:
+        """Answers of these commands may come by :meth:`next_message`."""
+        self._asked.update(dict.fromkeys(seqs, command))
+
+    def forget(self, seqs: Iterable[int]) -> None:
+        """Answers of these commands will not come by :meth:`next_message`; they were expected before."""
+        for seq in seqs:
+            del self._asked[seq]
+
+    def withdraw(self) -> bytes:
+        """Give back the bytes of which no message was taken yet."""
+        return self._framer.withdraw()
 
     def reply(
         self,
@@ -224,7 +256,7 @@ class Connection:
 
     def _out_of_turn(self, seq: int) -> None:
         """Account for an event whose number is not the next one."""
-        due = self._next_event
+        due = self.due
         if due is None:  # the first one: a session may be handed over after it has begun
             due = 1 if 1 <= seq <= MAX_SKIPPED else seq
         ahead = (seq - due) & _SEQ_MASK
@@ -236,7 +268,7 @@ class Connection:
             self._break(f"event {seq} where {due} is due, more than {MAX_SKIPPED} skipped in all: events are lost")
         else:
             self._skipped.update((due + n) & _SEQ_MASK for n in range(ahead))
-            self._next_event = (seq + 1) & _SEQ_MASK
+            self.due = (seq + 1) & _SEQ_MASK
 
     def _break(self, why: str) -> NoReturn:
         self.state = State.BROKEN

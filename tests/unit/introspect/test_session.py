@@ -253,6 +253,47 @@ def test_with_answers_off_many_commands_wait_for_none(pair):
     assert kernel.watched_registers() == frozenset({3})
 
 
+# -- many pages
+
+
+def test_many_pages_are_read_in_place(pair):
+    kernel, session = pair(pages=1100)
+    kernel.memory[:] = b"".join(page.to_bytes(4, "little") * 1024 for page in range(1100))
+    buffer = bytearray(1099 * 4096)
+    session.read_pages(4096, buffer)
+    assert buffer == kernel.memory[4096:]
+
+
+def test_events_that_come_among_pages_are_kept(pair):
+    kernel, session = pair(vcpus=2, pages=4)
+    kernel.memory[:] = b"".join(bytes([page]) * 4096 for page in range(4))
+    buffer = bytearray(4 * 4096)
+    for vcpu in range(2):
+        replies = kernel.fire(EventId.HYPERCALL, vcpu=vcpu)
+        session.read_pages(0, buffer)
+        assert buffer == kernel.memory
+        session.reply(session.next_event())
+        assert next_reply(replies).action == Action.CONTINUE
+
+
+def test_pages_that_are_refused_are_zero_and_the_others_there(pair):
+    kernel, session = pair(pages=4)
+    kernel.memory[:] = b"\xaa" * len(kernel.memory)
+    buffer = bytearray(b"\xbb" * 6 * 4096)
+    with pytest.raises(CommandError) as caught:
+        session.read_pages(0, buffer)
+    assert caught.value.code is ErrorCode.EINVAL
+    assert buffer == kernel.memory + bytes(2 * 4096)
+    assert session.guest_info() == 1
+
+
+@pytest.mark.parametrize(("gpa", "size"), [(1, 4096), (4096, 4095)])
+def test_pages_are_whole(pair, gpa, size):
+    _, session = pair()
+    with pytest.raises(ValueError, match="whole pages"):
+        session.read_pages(gpa, bytearray(size))
+
+
 # -- events
 
 
@@ -440,6 +481,34 @@ def test_many_commands_that_a_peer_does_not_read_are_a_timeout(ends):
     _, session = ends
     with pytest.raises(SessionTimeout, match="1000 of 1000 commands"):
         session.ask_all([messages.write_physical(0, bytes(4096))] * 1000)
+
+
+def test_pages_that_do_not_come_are_a_timeout_and_are_not_taken_for_the_next_ones(ends):
+    peer, session = ends
+    late = frame(Command.READ_PHYSICAL, 1, bytes(8) + b"\xaa" * 4096) + frame(Command.READ_PHYSICAL, 2, bytes(8 + 4096))
+    peer.sendall(late[:1000])
+    with pytest.raises(SessionTimeout, match=r"2 pages: no answer in 0\.1 s"):
+        session.read_pages(0, bytearray(2 * 4096))
+    peer.sendall(late[1000:] + frame(Command.READ_PHYSICAL, 3, bytes(8) + b"\xcc" * 4096))
+    buffer = bytearray(4096)
+    session.read_pages(0, buffer)
+    assert buffer == b"\xcc" * 4096
+
+
+def test_a_peer_that_dies_in_the_middle_of_a_page_is_a_protocol_error(ends):
+    peer, session = ends
+    peer.sendall(frame(Command.READ_PHYSICAL, 1, bytes(8 + 4096))[:-1])
+    peer.shutdown(socket.SHUT_WR)
+    with pytest.raises(ProtocolError, match="middle of a message"):
+        session.read_pages(0, bytearray(4096))
+
+
+def test_the_end_between_two_pages_is_the_end(ends):
+    peer, session = ends
+    peer.sendall(frame(Command.READ_PHYSICAL, 1, bytes(8 + 4096)))
+    peer.shutdown(socket.SHUT_WR)
+    with pytest.raises(SessionClosed):
+        session.read_pages(0, bytearray(2 * 4096))
 
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(ends):
