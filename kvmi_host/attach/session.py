@@ -13,7 +13,7 @@ from uuid import UUID
 from kvmi_host.attach.policy import Policy, policy_for
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
-from kvmi_host.introspect import PeerInfo, Session
+from kvmi_host.introspect import PeerInfo, Session, Tap
 from kvmi_host.protocol import Command, EventId, command_name, event_name
 
 
@@ -52,7 +52,12 @@ class Attached:
 
 
 def attach(
-    vm: str, *, uri: str | None = None, allow: str | Iterable[str | int] | Policy = "observe", timeout: float = 10.0
+    vm: str,
+    *,
+    uri: str | None = None,
+    allow: str | Iterable[str | int] | Policy = "observe",
+    timeout: float = 10.0,
+    tap: Tap | None = None,
 ) -> Attached:
     """Attach to a running VM of this host. Needs root.
 
@@ -60,6 +65,7 @@ def attach(
     :param uri: of the libvirt that knows the name.
     :param allow: what the session may do, as :func:`kvmi_host.attach.policy.policy_for` takes it.
     :param timeout: the session's deadline for commands, in seconds.
+    :param tap: is told of everything that crosses the socket, from the first byte on: what records a session.
     :raise AttachError: see its branches.
     :raise ProvisionError: libvirt could not be asked.
     :raise ValueError: `allow` names something that there is not.
@@ -67,7 +73,8 @@ def attach(
     rules = policy_for(allow)
     target = find_target(vm, uri)
     ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    session = Session(ours, peer=PeerInfo(target.uuid, target.name, target.start_time, target.pid), timeout=timeout)
+    peer = PeerInfo(target.uuid, target.name, target.start_time, target.pid)
+    session = Session(ours, peer=peer, timeout=timeout, tap=tap)
     try:
         with kernels:
             hand_to_kernel(target, kernels, rules)

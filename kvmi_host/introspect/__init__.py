@@ -5,7 +5,7 @@ from kvmi_host.introspect.errors import SessionClosed, SessionError, SessionTime
 from kvmi_host.introspect.ledger import SeqLedger
 from kvmi_host.introspect.listener import Listener
 from kvmi_host.introspect.serving import serve
-from kvmi_host.introspect.session import PeerInfo, Session
+from kvmi_host.introspect.session import PeerInfo, Session, Tap
 from kvmi_host.introspect.watching import Wanted, Watch
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SessionClosed",
     "SessionError",
     "SessionTimeout",
+    "Tap",
     "Wanted",
     "Watch",
     "serve",

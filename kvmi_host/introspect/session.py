@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
@@ -44,6 +44,9 @@ MAX_WAITING_EVENTS = 4097
 """One event per vCPU can wait for its reply, KVM has at most 4096 vCPUs, and UNHOOK waits for none: a peer that sends
 more while it leaves a command unanswered is not a kernel."""
 
+Tap = Callable[[bool, bytes], None]
+"""Is told of everything that crosses the socket, in pieces of any size: whether this side sent it, and the bytes."""
+
 _CHUNK = 65536
 _NOT_ALLOWED = (ErrorCode.EPERM, ErrorCode.ENOENT, ErrorCode.EINVAL)  # forbidden, or a number the kernel lacks
 
@@ -68,11 +71,15 @@ class Session:
     :ivar timeout: the deadline of a command in seconds.
     """
 
-    def __init__(self, sock: socket.socket, *, peer: PeerInfo | None = None, timeout: float = 10.0) -> None:
+    def __init__(
+        self, sock: socket.socket, *, peer: PeerInfo | None = None, timeout: float = 10.0, tap: Tap | None = None
+    ) -> None:
         """
         :param sock: a connected stream socket with KVM at its other end. The session owns it from now on.
+        :param tap: what it raises, it raises out of the method that was called.
         """
         sock.setblocking(False)
+        self._tap = tap
         self.peer = peer
         self.timeout = timeout
         self._sock = sock
@@ -272,6 +279,8 @@ class Session:
                     raise SessionTimeout(f"the peer has not read for {self.timeout} s") from None
             except OSError as error:
                 self._lost(error)
+        if self._tap:
+            self._tap(True, data)
 
     # -- the two directions
 
@@ -319,6 +328,8 @@ class Session:
             return True
         except OSError as error:
             self._lost(error)
+        if self._tap:
+            self._tap(False, data)
         self._connection.receive_data(data)
         return True
 
