@@ -21,8 +21,8 @@ def kernel(monkeypatch):
     ours, kernels = socket.socketpair()
     with kernels, SimulatedKernel(kernels, vcpus=2) as simulated:
 
-        def attach(vm, **settings):
-            session = Session(ours, timeout=5)
+        def attach(vm, *, tap=None, **settings):
+            session = Session(ours, timeout=5, tap=tap)
             return Attached(session, facts_of(session, TARGET))
 
         monkeypatch.setattr(attaching, "attach", attach)
