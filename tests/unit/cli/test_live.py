@@ -8,7 +8,7 @@ import re
 import signal
 import termios
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from threading import Condition, Thread
 from unittest import mock
 
@@ -37,7 +37,13 @@ class Terminal:
         self._ours = ours
         self._screen = pyte.Screen(COLUMNS, LINES)
         self._drawn = Condition()
-        Thread(target=self._show, daemon=True).start()
+        self._showing = Thread(target=self._show)
+        self._showing.start()
+
+    def close(self):
+        os.close(self.device)
+        self._showing.join()  # it reads until nobody has the device open any more
+        os.close(self._ours)
 
     @property
     def text(self):
@@ -101,9 +107,8 @@ def terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.setenv("LINES", str(LINES))
     monkeypatch.setenv("TERM", "xterm-256color")
-    yield Terminal(ours, device)
-    os.close(device)
-    os.close(ours)
+    with closing(Terminal(ours, device)) as shown:
+        yield shown
 
 
 @pytest.fixture
