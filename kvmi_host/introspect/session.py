@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
@@ -49,6 +49,9 @@ MAX_WAITING_EVENTS = 4097
 """One event per vCPU can wait for its reply, KVM has at most 4096 vCPUs, and UNHOOK waits for none: a peer that sends
 more while it leaves a command unanswered is not a kernel."""
 
+Tap = Callable[[bool, bytes], None]
+"""Is told of everything that crosses the socket, in pieces of any size: whether this side sent it, and the bytes."""
+
 _CHUNK = 65536
 _FOREVER = 2_000_000.0
 """Seconds, which poll can still count in milliseconds: no wait is longer."""
@@ -81,15 +84,19 @@ class Session(RoundTrip):
     :ivar timeout: the deadline of a command in seconds.
     """
 
-    def __init__(self, sock: socket.socket, *, peer: PeerInfo | None = None, timeout: float = 10.0) -> None:
+    def __init__(
+        self, sock: socket.socket, *, peer: PeerInfo | None = None, timeout: float = 10.0, tap: Tap | None = None
+    ) -> None:
         """
         :param sock: a connected stream socket with KVM at its other end. The session owns it from now on.
+        :param tap: what it raises, it raises out of the method that was called.
         """
         sock.setblocking(True)
+        self._tap = tap
         self.peer = peer
         self.timeout = timeout
         self._sock = sock
-        self._fd = sock.fileno()
+        self._fd = -1 if tap else sock.fileno()
         self._due = 0
         self._direct = False
         self._poll = select.poll()
@@ -236,7 +243,11 @@ class Session(RoundTrip):
             raise ValueError(f"{len(view)} bytes at {gpa:#x} are not whole pages of {PAGE_SIZE}")
         for start in range(0, len(view), MOST_PAGES * PAGE_SIZE):
             run = view[start : start + MOST_PAGES * PAGE_SIZE]
-            self._read_run(PageReads(self._connection, gpa + start, run))
+            if self._tap:
+                pages = range(gpa + start, gpa + start + len(run), PAGE_SIZE)
+                run[:] = b"".join(self.ask_all([messages.read_physical(page, PAGE_SIZE) for page in pages]))
+            else:
+                self._read_run(PageReads(self._connection, gpa + start, run))
 
     def write_physical(self, gpa: int, data: bytes) -> None:
         """Write guest memory at physical address `gpa`, within one 4096-byte page."""
@@ -411,6 +422,8 @@ class Session(RoundTrip):
             return True
         except OSError as error:
             self._lost(error)
+        if self._tap:
+            self._tap(False, data)
         self._feed(data)
         if not data:
             raise SessionClosed("the session has ended")
@@ -431,16 +444,20 @@ class Session(RoundTrip):
         connection = self._connection
         if connection.due is not None:
             self._due = connection.due
-            self._direct = not self._events and not connection.pending and connection.dialect is V6
+            nothing_left = not self._events and not connection.pending
+            self._direct = nothing_left and connection.dialect is V6 and self._tap is None
 
     def _send(self, data: bytes | memoryview) -> int:
         """Send what the socket takes now; how many bytes that was."""
         try:
-            return self._sock.send(data, _SEND)
+            sent = self._sock.send(data, _SEND)
         except BlockingIOError:
             return 0
         except OSError as error:
             self._lost(error)
+        if self._tap:
+            self._tap(True, bytes(data[:sent]))
+        return sent
 
     def _wait(self, events: int, deadline: float) -> int:
         """Wait for poll's `events`: those that are there, 0 when the deadline passed before there was any."""

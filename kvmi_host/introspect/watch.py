@@ -90,6 +90,7 @@ class Watch:
 
     :ivar plain: kinds of events of which each is for whoever watches, and answered as it says: there is no need to go
         through :meth:`sort` and :meth:`answer` with them.
+    :ivar steps: whether SINGLESTEP events are wanted for themselves.
     :ivar unhooked: whether the host has asked for the session's end.
     """
 
@@ -99,6 +100,7 @@ class Watch:
         self._interests = tuple(interests)
         self._kinds = frozenset(interest.event for interest in self._interests)
         self.plain = self._kinds - _NEEDS_SORTING
+        self.steps = EventId.SINGLESTEP in self._kinds
         self._breakpoints = Breakpoints(hold)
         self._pages = _pages(interest for interest in self._interests if isinstance(interest, PageWatch))
         self._vm_events = set(self._kinds & VM_EVENTS)
@@ -195,7 +197,7 @@ class Watch:
         elif kind == EventId.PAUSE_VCPU and (yield from self._hold.take(event)):
             return False
         elif kind == EventId.SINGLESTEP and event.vcpu == self._breakpoints.stepping:
-            yield from self._breakpoints.stepped(event, EventId.SINGLESTEP in self._kinds)
+            yield from self._breakpoints.stepped(event, self.steps)
             yield Reply(event)
             return False
         ours = self._is_ours(event)
