@@ -47,7 +47,7 @@ class LiveView:
         self._keyboard: Keyboard | None = None
         self._sparks = _SPARKS if self._console.encoding.startswith("utf") else _SPARKS_ASCII
         self._rates = Rates()
-        self._rows: deque[Record] = deque(maxlen=_MOST_EVENTS)
+        self._rows: deque[Sequence[str]] = deque(maxlen=_MOST_EVENTS)
         self._facts: Record = {}
         self._first_ns = self._last_ns = 0
         self._draw_at = 0.0
@@ -65,7 +65,7 @@ class LiveView:
         self._last_ns = record["time_ns"]
         self._first_ns = self._first_ns or self._last_ns
         self._rates.enter(record["event"], self._last_ns)
-        self._rows.append(record)
+        self._rows.append(cells(record))
 
     def poll(self, situation: Callable[[], Situation]) -> str:
         now = monotonic()
@@ -103,9 +103,7 @@ class LiveView:
                 self._spark_line(now),
                 self._kinds(kinds, now),
                 self._events(rows),
-                Text("  ").join(
-                    Text.assemble((f" {key} ", "reverse"), f" {does}") for key, does in self._situation.keys
-                ),
+                self._keys(),
             ),
             refresh=True,
         )
@@ -153,17 +151,15 @@ class LiveView:
             table.add_row(Text(kind, _color(kind)), f"{count:,}", f"{rate:,.1f}/s", bar)
         return table
 
-    def _events(self, rows: Sequence[Record]) -> RenderableType:
+    def _events(self, rows: Sequence[Sequence[str]]) -> RenderableType:
         table = Table(box=None, padding=(0, 1), header_style="dim", expand=True)
         for name, width in zip(COLUMNS, (10, 4, 12, 4, 18, None), strict=True):
             numeric = name in ("seq", "vCPU", "mode", "rip")
             table.add_column(
                 name, justify="right" if numeric else "left", no_wrap=True, width=width, overflow="ellipsis"
             )
-        for record in rows:
-            row = [Text(cell) for cell in cells(record)]
-            row[2].stylize(_color(record["event"]))
-            table.add_row(*row)
+        for seq, vcpu, kind, *others in rows:
+            table.add_row(*map(Text, (seq, vcpu)), Text(kind, _color(kind)), *map(Text, others))
         return table
 
 

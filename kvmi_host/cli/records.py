@@ -21,6 +21,7 @@ _CR = event_name(EventId.CR)
 _MSR = event_name(EventId.MSR)
 _DESCRIPTOR = event_name(EventId.DESCRIPTOR)
 _UNHOOK = event_name(EventId.UNHOOK)
+_DESCRIPTORS = {int(register): register.name.lower() for register in Descriptor}
 
 
 def facts_record(facts: Facts) -> Record:
@@ -69,5 +70,6 @@ def _detail(record: Record) -> str:
     if record["event"] == _MSR:
         return f"{msr_name(record['msr'])} {record['old']:#x} -> {record['new']:#x}"
     if record["event"] == _DESCRIPTOR:
-        return f"{Descriptor(record['descriptor']).name.lower()} {'write' if record['write'] else 'read'}"
+        register = _DESCRIPTORS.get(record["descriptor"], f"register {record['descriptor']}")
+        return f"{register} {'write' if record['write'] else 'read'}"
     return " ".join(f"{name}={value:#x}" for name, value in record.items() if name not in _COMMON)

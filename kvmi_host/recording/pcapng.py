@@ -29,6 +29,7 @@ _BYTE_ORDER = 0x1A2B3C4D
 _UPPER_PDU = 252  # LINKTYPE_WIRESHARK_UPPER_PDU
 _NANOSECONDS = 9  # if_tsresol: a power of ten
 _TAG_DISSECTOR, _TAG_END = 12, 0  # EXP_PDU_TAG_DISSECTOR_NAME, EXP_PDU_TAG_END_OF_OPT
+_HEAD_BLOCKS = 2  # a section and its interface
 # Options: what they are in the block that has them.
 _END_OF_OPTIONS, _SECTION_APPLICATION, _INTERFACE_NAME, _INTERFACE_RESOLUTION, _PACKET_FLAGS = 0, 4, 2, 9, 2
 
@@ -97,27 +98,29 @@ def read_packets(stream: IO[bytes]) -> Iterator[Packet]:
 def _read_blocks(stream: IO[bytes]) -> Iterator[tuple[int, bytes, int]]:
     """Type and body of each block, and where in the file it begins."""
     at = 0
+    blocks = 0
     while head := stream.read(_BLOCK.size):
-        if at == 0 and not _LENGTH.pack(_SECTION).startswith(head[: _LENGTH.size]):
+        if blocks == 0 and not _LENGTH.pack(_SECTION).startswith(head[: _LENGTH.size]):
             raise BadRecording("this is no recording: a pcapng file begins with the bytes 0a 0d 0d 0a")
         if len(head) < _BLOCK.size:
-            raise _cut_off(at, len(head))
+            raise _cut_off(blocks, at, len(head))
         kind, length = _BLOCK.unpack(head)
         if length % 4 or not _BLOCK.size + _LENGTH.size <= length <= MAX_BLOCK:
             raise BadRecording(f"damaged at byte {at}: a block of {length} bytes is none that a recording has")
         body = stream.read(length - _BLOCK.size)
         if len(body) < length - _BLOCK.size:
-            raise _cut_off(at, len(head) + len(body), length)
+            raise _cut_off(blocks, at, len(head) + len(body), length)
         if body[-_LENGTH.size :] != _LENGTH.pack(length):
             raise BadRecording(f"damaged at byte {at}: the block's two lengths differ")
         if kind == _SECTION and body[: _LENGTH.size] != _LENGTH.pack(_BYTE_ORDER):
             raise BadRecording(f"no recording of ours: the byte order of the section at byte {at} is another")
         yield kind, body[: -_LENGTH.size], at
         at += length
+        blocks += 1
 
 
-def _cut_off(at: int, have: int, length: int | None = None) -> EndsEarly:
-    what = "in its first block" if at == 0 else "in the middle of a message"
+def _cut_off(blocks: int, at: int, have: int, length: int | None = None) -> EndsEarly:
+    what = "in the middle of a message" if blocks >= _HEAD_BLOCKS else "before its first message"
     of = f" of {length}" if length else ""
     return EndsEarly(f"the recording ends {what}: {have} bytes{of} are there, from byte {at} on")
 

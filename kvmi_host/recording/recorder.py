@@ -36,7 +36,7 @@ class Recorder:
     def __init__(self, path: str | os.PathLike[str], vm: str) -> None:
         """
         :param path: a file that does not exist yet (others cannot read it: it holds what was read of the guest's
-            memory), or a named pipe that someone reads.
+            memory), or a named pipe: waits until someone reads it, and a reader that is slow slows the session.
         :param vm: the VM, as Wireshark shows it: as the interface's name.
         :raise RecordingFailed: the file is there already, or cannot be made.
         """
@@ -44,8 +44,7 @@ class Recorder:
         self._pending = [b"", b""]  # of a message that is not whole yet: received, sent
         self._times: dict[int, int] = {}
         self._empty = True
-        self._fd = -1
-        self._open()
+        self._fd = _open(self._path)
         self._write(pcapng.file_head(f"kvmi-host {__version__}", vm))
 
     def __enter__(self) -> Self:
@@ -108,21 +107,6 @@ class Recorder:
         """When an event that was not replied to yet was received, as it is recorded: nanoseconds since the epoch."""
         return self._times.get(event.seq) or time_ns()
 
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            try:
-                self._fd = os.open(self._path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileExistsError:
-                self._fd = os.open(self._path, flags)
-                if not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
-                    os.close(self._fd)
-                    raise
-        except FileExistsError:
-            raise RecordingFailed(f"{self._path} is there already: remove it, or record to another file") from None
-        except OSError as error:
-            raise RecordingFailed(f"{self._path}: no recording can be made there: {error.strerror}") from error
-
     def _remember(self, seq: int, now: int) -> None:
         if len(self._times) >= _MAX_TIMES:  # a peer that does not wait for replies
             self._times.clear()
@@ -149,3 +133,20 @@ class Recorder:
             self._fd = -1
             if self._empty and regular:
                 os.unlink(self._path)
+
+
+def _open(path: str) -> int:
+    flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        try:
+            return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            fd = os.open(path, flags)
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+            raise
+    except FileExistsError:
+        raise RecordingFailed(f"{path} is there already: remove it, or record to another file") from None
+    except OSError as error:
+        raise RecordingFailed(f"{path}: no recording can be made there: {error.strerror}") from error

@@ -2,6 +2,7 @@
 """tshark opens a recording, and shows every kind of message with the values that were sent."""
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -290,3 +291,18 @@ def test_an_event_of_a_newer_kernel_is_read_behind_what_it_has_more(tmp_path):
     (fields,) = frames(tmp_path / "r")
     assert same(fields["new"], 0x2000)
     assert fields["more"] == b"newstate".hex(":")
+
+
+def test_a_session_can_be_looked_at_while_it_runs(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    keeps_it_open = os.open(pipe, os.O_RDWR)
+    watch = ["tshark", "-X", f"lua_script:{DISSECTOR}", "-i", str(pipe), "-c", "2", "-T", "fields", "-e", "kvmi.seq"]
+    with (
+        subprocess.Popen(watch, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as watching,
+        Recorder(pipe, "web") as recorder,
+    ):
+        recorder.tap(True, frame(Command.GET_VERSION, 7) + frame(Command.GET_MAX_GFN, 8))
+        shown, _ = watching.communicate(timeout=60)
+    os.close(keeps_it_open)
+    assert shown.split() == ["7", "8"]

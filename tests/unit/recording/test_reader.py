@@ -63,7 +63,7 @@ def test_cut_off_at_any_byte_all_that_is_whole_is_read_and_the_rest_is_told(reco
         assert (error is None) == (cut in ends)
         if error:
             assert isinstance(error, EndsEarly)
-            where = "in its first block" if blocks == 0 else "in the middle of a message"
+            where = "before its first message" if blocks < 2 else "in the middle of a message"
             assert f"ends {where}: {cut - ends[blocks]} bytes" in str(error)
 
 
