@@ -11,6 +11,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -107,58 +108,103 @@ static PyObject *event_in(PyObject *module, PyObject *const *arguments, Py_ssize
 	return event || PyErr_Occurred() ? event : Py_NewRef(Py_None);
 }
 
-PyDoc_STRVAR(receive_pages_doc,
-"receive_pages(fd, reads, /)\n--\n\n"
-"Receive what there is of the answers to a kvmi_host.protocol.pages.PageReads, to where it belongs: how many bytes;\n"
-"0 at the end.\n\n"
-":raise OSError: as recvmsg(2).");
+/* What a kvmi_host.protocol.pages.PageReads has: answers as they have to come, a head and a page in turns. */
+struct layout {
+	Py_buffer heads, expected, pages;
+	Py_ssize_t count, at;
+};
 
-static PyObject *receive_pages(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+/* Room for what comes at layout->at. */
+static int list_room(const struct layout *layout, struct iovec *parts)
 {
-	struct iovec parts[2 * PAGES_AT_ONCE];
-	struct msghdr message = { .msg_iov = parts };
-	PyObject *at_object = NULL, *heads_object = NULL, *pages_object = NULL, *result = NULL;
-	Py_buffer heads = { 0 }, pages = { 0 };
-	Py_ssize_t at, page, within, end;
-	ssize_t size;
-	int fd;
+	Py_ssize_t page = layout->at / (HEAD + PAGE);
+	size_t within = layout->at % (HEAD + PAGE);
+	int count = 0;
 
-	if (count != 2)
-		return PyErr_Format(PyExc_TypeError, "receive_pages() takes a descriptor and PageReads");
-	fd = PyLong_AsLong(arguments[0]);
-	at_object = PyObject_GetAttrString(arguments[1], "at");
-	heads_object = PyObject_GetAttrString(arguments[1], "heads");
-	pages_object = PyObject_GetAttrString(arguments[1], "pages");
-	if (!at_object || !heads_object || !pages_object || PyErr_Occurred())
-		goto out;
-	at = PyLong_AsSsize_t(at_object);
-	if (PyErr_Occurred() || PyObject_GetBuffer(heads_object, &heads, PyBUF_WRITABLE) ||
-	    PyObject_GetBuffer(pages_object, &pages, PyBUF_WRITABLE))
-		goto out;
-	page = at / (HEAD + PAGE);
-	within = at % (HEAD + PAGE);
-	end = Py_MIN(heads.len / HEAD, pages.len / PAGE);
-	for (; at >= 0 && page < end && message.msg_iovlen < 2 * PAGES_AT_ONCE; page++) {
-		parts[message.msg_iovlen++] = (struct iovec){ (char *)heads.buf + page * HEAD, HEAD };
-		parts[message.msg_iovlen++] = (struct iovec){ (char *)pages.buf + page * PAGE, PAGE };
+	for (; page < layout->count && count < 2 * PAGES_AT_ONCE; page++) {
+		parts[count++] = (struct iovec){ (char *)layout->heads.buf + page * HEAD, HEAD };
+		parts[count++] = (struct iovec){ (char *)layout->pages.buf + page * PAGE, PAGE };
 	}
-	for (int part = 0; message.msg_iovlen && within; part++) {
-		size_t past = Py_MIN((size_t)within, parts[part].iov_len);
+	for (int part = 0; part < count && within; part++) {
+		size_t past = within < parts[part].iov_len ? within : parts[part].iov_len;
 
 		parts[part].iov_base = (char *)parts[part].iov_base + past;
 		parts[part].iov_len -= past;
 		within -= past;
 	}
+	return count;
+}
+
+/* As recvmsg(2), again and again while more is to come within so many milliseconds, and all heads are as expected. */
+static ssize_t receive_layout(int fd, struct layout *layout, int milliseconds)
+{
+	Py_ssize_t began = layout->at, checked = began / (HEAD + PAGE) * HEAD, whole;
+	struct iovec parts[2 * PAGES_AT_ONCE];
+
+	while (layout->at < layout->count * (HEAD + PAGE)) {
+		struct msghdr message = { .msg_iov = parts, .msg_iovlen = list_room(layout, parts) };
+		struct pollfd ready = { .fd = fd, .events = POLLIN };
+		ssize_t size = recvmsg(fd, &message, MSG_DONTWAIT);
+
+		if (size < 0 && errno == EAGAIN && poll(&ready, 1, milliseconds) > 0)
+			continue;
+		if (size <= 0)
+			return layout->at > began ? layout->at - began : size;
+		layout->at += size;
+		whole = (layout->at + PAGE) / (HEAD + PAGE) * HEAD;
+		if (memcmp((char *)layout->heads.buf + checked, (char *)layout->expected.buf + checked, whole - checked))
+			break;
+		checked = whole;
+	}
+	return layout->at - began;
+}
+
+PyDoc_STRVAR(receive_pages_doc,
+"receive_pages(fd, reads, milliseconds, /)\n--\n\n"
+"Receive the answers to a kvmi_host.protocol.pages.PageReads to where they belong, as long as they are good ones and\n"
+"none takes longer than this to come: how many bytes; 0 at the end.\n\n"
+":raise OSError: as recvmsg(2).");
+
+static PyObject *receive_pages(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+	PyObject *heads = NULL, *expected = NULL, *pages = NULL, *at = NULL, *result = NULL;
+	struct layout layout = { 0 };
+	int fd, milliseconds;
+	ssize_t size;
+
+	if (count != 3)
+		return PyErr_Format(PyExc_TypeError, "receive_pages() takes a descriptor, PageReads and milliseconds");
+	fd = PyLong_AsLong(arguments[0]);
+	milliseconds = PyLong_AsLong(arguments[2]);
+	if (PyErr_Occurred())
+		return NULL;
+	heads = PyObject_GetAttrString(arguments[1], "heads");
+	expected = heads ? PyObject_GetAttrString(arguments[1], "expected") : NULL;
+	pages = expected ? PyObject_GetAttrString(arguments[1], "pages") : NULL;
+	at = pages ? PyObject_GetAttrString(arguments[1], "at") : NULL;
+	if (!at || PyObject_GetBuffer(heads, &layout.heads, PyBUF_WRITABLE) ||
+	    PyObject_GetBuffer(expected, &layout.expected, PyBUF_SIMPLE) ||
+	    PyObject_GetBuffer(pages, &layout.pages, PyBUF_WRITABLE))
+		goto out;
+	layout.at = PyLong_AsSsize_t(at);
+	layout.count = layout.pages.len / PAGE;
+	if (layout.at < 0 || layout.heads.len < layout.count * HEAD || layout.expected.len < layout.count * HEAD) {
+		if (!PyErr_Occurred())
+			PyErr_SetString(PyExc_ValueError, "heads and pages are not as many");
+		goto out;
+	}
 	Py_BEGIN_ALLOW_THREADS
-	size = recvmsg(fd, &message, MSG_DONTWAIT);
+	size = receive_layout(fd, &layout, milliseconds);
 	Py_END_ALLOW_THREADS
 	result = size < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSsize_t(size);
 out:
-	PyBuffer_Release(&heads);
-	PyBuffer_Release(&pages);
-	Py_XDECREF(at_object);
-	Py_XDECREF(heads_object);
-	Py_XDECREF(pages_object);
+	PyBuffer_Release(&layout.heads);
+	PyBuffer_Release(&layout.expected);
+	PyBuffer_Release(&layout.pages);
+	Py_XDECREF(at);
+	Py_XDECREF(pages);
+	Py_XDECREF(expected);
+	Py_XDECREF(heads);
 	return result;
 }
 

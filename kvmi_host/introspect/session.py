@@ -232,7 +232,8 @@ class Session(RoundTrip):
     def read_pages(self, gpa: int, buffer: bytearray | memoryview) -> None:
         """Fill `buffer` with guest memory from physical address `gpa` on. Both are whole pages of 4096 bytes.
 
-        Many times as fast as a command for each. The deadline is that of each answer after the one before it.
+        Many times as fast as a command for each. The deadline is that of each answer after the one before it, and at
+        most doubled.
 
         :raise CommandError: the first refusal, when all answers to up to 1024 pages' commands were taken: the pages
             that were refused are zero, and what comes after these 1024 was not read.
@@ -353,20 +354,20 @@ class Session(RoundTrip):
                     unsent = unsent[self._send(unsent) :]
                 if ready & ~select.POLLOUT:
                     deadline = monotonic() + self.timeout
-                    self._receive_pages(reads)
+                    self._receive_pages(reads, 0 if unsent else self.timeout)
         finally:
             if reads.unanswered:
                 reads.leave()
         self._settle()
         reads.result()
 
-    def _receive_pages(self, reads: PageReads) -> None:
+    def _receive_pages(self, reads: PageReads, patience: float) -> None:
         if not reads.laid_out and not reads.resume():
             self._receive(0.0)
         else:
             try:
-                size = receive_pages(self._sock.fileno(), reads)
-            except BlockingIOError:
+                size = receive_pages(self._sock.fileno(), reads, int(min(patience, _FOREVER) * 1000))
+            except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
                 self._lost(error)
