@@ -19,7 +19,7 @@ from contextlib import suppress
 from time import perf_counter
 
 from kvmi_host.introspect import Session, SessionClosed
-from kvmi_host.introspect.aio import AsyncSession
+from kvmi_host.introspect.async_session import AsyncSession
 from kvmi_host.protocol import Event
 
 CHUNK = 1 << 20
