@@ -182,6 +182,11 @@ class AsyncSession(asyncio.BufferedProtocol):
             self._fail(self._error)
         return None
 
+    def wake(self) -> None:
+        """Have :meth:`next_event` return None now, if a task waits in it and there is no event."""
+        if self._taker:
+            _set(self._taker, False)
+
     def reply(
         self,
         event: Event,

@@ -213,6 +213,12 @@ class AsyncVm:
         except (SessionError, ProtocolError) as error:
             _log.info("the session ended before everything was undone: %s", error)
 
+    def stop(self) -> None:
+        """As :meth:`Vm.stop`, and from any task: where no event is being handled, at once."""
+        if self._watch is not None:
+            self._watch.stopped = True
+            self.session.wake()
+
     def on(self, *interests: Interest) -> Callable[[AsyncHandler], AsyncHandler]:
         """As :meth:`Vm.on`. The function may be a coroutine function; the vCPU waits as long as it takes."""
         return self.handlers.add(interests)

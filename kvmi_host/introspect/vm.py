@@ -280,6 +280,11 @@ class Vm:
             # The kernel lets go of the vCPUs when a session ends, and forgets about its pages.
             _log.info("the session ended before everything was undone: %s", error)
 
+    def stop(self) -> None:
+        """End :meth:`events` or :meth:`run` when the event that is being handled is answered. For handlers."""
+        if self._watch is not None:
+            self._watch.stopped = True
+
     def on(self, *interests: Interest) -> Callable[[Handler], Handler]:
         """Have a function called with each of these events; see :meth:`run`. To be used as a decorator."""
         return self.handlers.add(interests)
