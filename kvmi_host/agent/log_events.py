@@ -34,6 +34,8 @@ def plugin(options: Mapping[str, object]) -> Setup:
 
 
 def _handle(event: WatchedEvent) -> None:
+    if not _log.isEnabledFor(logging.INFO):
+        return
     data = event.data
     own = data._asdict() if data is not None else {}
     common = {"event": event_name(event.event), "vcpu": event.vcpu, "seq": event.seq, "mode": event.mode}

@@ -29,7 +29,9 @@ class MeteredSession(AsyncSession):
         before = self.waiting
         super().buffer_updated(nbytes)
         if came := self.waiting - before:
-            self._arrivals.extend([perf_counter()] * came)
+            now = perf_counter()
+            for _ in range(came):
+                self._arrivals.append(now)
 
     async def next_event(self, timeout: float | None = None) -> Event | None:
         """As the others' one."""

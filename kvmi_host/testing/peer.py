@@ -179,6 +179,15 @@ class SimulatedKernel:
         """Whether the introspector has switched an event on."""
         return event in (self._vm_events if event in VM_EVENTS else self._vcpus[vcpu].events)
 
+    def await_enabled(self, event: int, vcpu: int = 0, enabled: bool = True, timeout: float = 5.0) -> None:
+        """Wait until the introspector has switched an event on, or off.
+
+        :raise TimeoutError: it has not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.enabled(event, vcpu) == enabled, timeout):
+                raise TimeoutError(f"event {event} on vCPU {vcpu} is not switched {'on' if enabled else 'off'}")
+
     def watched_registers(self, vcpu: int = 0) -> frozenset[int]:
         """The control registers whose writes the introspector watches."""
         return frozenset(self._vcpus[vcpu].registers)
@@ -359,6 +368,8 @@ class SimulatedKernel:
         if event not in self._events:
             return ErrorCode.EPERM
         (enabled.add if enable else enabled.discard)(event)
+        with self._changed:
+            self._changed.notify_all()
         return 0
 
     def _control_cr(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:
