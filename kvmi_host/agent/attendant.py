@@ -113,20 +113,21 @@ class Attendant:
         vcpus = await vm.session.ask(messages.guest_info())
         about = {"uuid": str(self.peer.uuid), "dialect": version.dialect, "vcpus": vcpus}
         _log.info("attached", extra={**about, "handlers": list(self._setups)})
-        while not (self._leaving or vm.unhooked):
+        setups, ended = self._setups, False
+        while not (self._leaving or vm.unhooked or ended):
             self._changed = False
-            handlers = await self._handlers(vm, settled_at)
-            if self._changed or self._leaving:
-                continue
-            vm.handlers = handlers
-            await self._run(vm)
-            if not self._changed:
-                break
+            vm.handlers = await self._handlers(vm, setups, settled_at)
+            if not (self._changed or self._leaving):
+                watched = await self._watch(vm)
+                ended = watched and not self._changed  # by a handler, if not by the host or us
+                setups = {}
+            if self._changed:
+                setups = self._setups
 
-    async def _handlers(self, vm: AsyncVm, settled_at: float) -> Handlers[AsyncHandler]:
+    async def _handlers(self, vm: AsyncVm, setups: Mapping[str, Setup], settled_at: float) -> Handlers[AsyncHandler]:
         """What the plugins register, without those that want what the session may not see."""
         together = self._none()
-        for name, set_up in self._setups.items():
+        for name, set_up in setups.items():
             vm.handlers = its = self._none()
             try:
                 set_up(vm)
@@ -144,16 +145,19 @@ class Attendant:
                 together.include(its)
         return together
 
-    async def _run(self, vm: AsyncVm) -> None:
+    async def _watch(self, vm: AsyncVm) -> bool:
+        """Run the handlers until someone ends it; False if what they want cannot be watched."""
         try:
             await vm.run()
         except (SessionError, ProtocolError):
             raise
         except Exception as error:  # a handler's interest may be of its own making
+            if not vm.handlers.interests:
+                raise  # nothing at all can be watched
             self._metrics.errors[Trouble.REFUSED if isinstance(error, KvmiError) else Trouble.HANDLER] += 1
             _log.exception("nothing is watched until the configuration is read again")
-            vm.handlers = self._none()
-            await vm.run()
+            return False
+        return True
 
     def _none(self) -> Handlers[AsyncHandler]:
         assert self._counts is not None

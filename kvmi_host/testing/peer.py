@@ -188,6 +188,15 @@ class SimulatedKernel:
             if not self._changed.wait_for(lambda: self.enabled(event, vcpu) == enabled, timeout):
                 raise TimeoutError(f"event {event} on vCPU {vcpu} is not switched {'on' if enabled else 'off'}")
 
+    def await_carried_out(self, command: int, timeout: float = 5.0) -> None:
+        """Wait until the introspector has sent a command that was carried out.
+
+        :raise TimeoutError: it has not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: command in self.carried_out, timeout):
+                raise TimeoutError(f"command {command} was not sent")
+
     def watched_registers(self, vcpu: int = 0) -> frozenset[int]:
         """The control registers whose writes the introspector watches."""
         return frozenset(self._vcpus[vcpu].registers)
@@ -200,6 +209,11 @@ class SimulatedKernel:
         """The guest takes the exception that the introspector asked for."""
         injected, self._vcpus[vcpu].injected = self._vcpus[vcpu].injected, None
         return injected
+
+    def allow_all(self) -> None:
+        """Who made the connection allows everything, which it does a moment after the session has begun."""
+        self._commands = frozenset(_COMMANDS)
+        self._events = frozenset(EventId)
 
     def start_vcpu(self, vcpu: int) -> None:
         """The guest starts a vCPU."""
@@ -270,6 +284,8 @@ class SimulatedKernel:
             self._done(command, seq, 0, outcome)
         else:
             self._done(command, seq, outcome)
+        with self._changed:
+            self._changed.notify_all()
         if command == Command.PAUSE_VCPU and vcpu is not None:
             self._send_pause(self._vcpus.index(vcpu))
 
@@ -368,8 +384,6 @@ class SimulatedKernel:
         if event not in self._events:
             return ErrorCode.EPERM
         (enabled.add if enable else enabled.discard)(event)
-        with self._changed:
-            self._changed.notify_all()
         return 0
 
     def _control_cr(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:

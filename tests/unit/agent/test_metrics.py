@@ -87,11 +87,10 @@ def test_openmetrics_takes_it_all(metrics):
 
 
 def test_an_event_is_timed_from_its_arrival_until_it_is_answered(metrics, monkeypatch):
-    now = 10.0
-    monkeypatch.setattr("kvmi_host.agent.metered.perf_counter", lambda: now)
+    clock = [10.0]
+    monkeypatch.setattr("kvmi_host.agent.metered.perf_counter", lambda: clock[0])
 
     async def two_events():
-        nonlocal now
         ours, kernels = socket.socketpair()
         with kernels, SimulatedKernel(kernels, 2) as kernel:
             session = await MeteredSession.open(ours, timeout=5.0)
@@ -99,7 +98,7 @@ def test_an_event_is_timed_from_its_arrival_until_it_is_answered(metrics, monkey
             for vcpu in (0, 1):
                 kernel.fire(EventId.HYPERCALL, vcpu)
             events = [await session.next_event() for _ in range(2)]
-            for event, now in zip(events, (12.0, 15.0), strict=True):
+            for event, clock[0] in zip(events, (12.0, 15.0), strict=True):
                 session.reply(event)
             session.close()
             await session.wait_closed()
