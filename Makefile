@@ -48,6 +48,11 @@ fuzz: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
 fuzz: ## Fuzz the kernel part; MESSAGES=200000, SEED=number, K=harmless|anything choose what is sent
 	@$(CAMPAIGN) -k "test_fuzz and comes_through $(if $(K),and $(K))" -- --seed $(SEED) --messages $(MESSAGES)
 
+.PHONY: fuzz-parsers
+fuzz-parsers: MINUTES ?= 10
+fuzz-parsers: ## Fuzz what reads bytes here, messages and handshakes, for MINUTES=10; what is found goes to build/fuzz
+	@$(IN_ENVIRONMENT) ci/fuzz $$((60 * $(MINUTES)))
+
 .PHONY: storm
 storm: MINUTES ?= 5
 storm: VCPUS ?= 8

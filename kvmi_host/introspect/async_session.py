@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 from kvmi_host.introspect.batch import Batch
 from kvmi_host.introspect.errors import SessionClosed, SessionTimeout
+from kvmi_host.introspect.roundtrip import Replying, event_in
 from kvmi_host.introspect.session import MAX_WAITING_EVENTS, PeerInfo
 from kvmi_host.protocol import (
     Action,
@@ -35,6 +36,7 @@ from kvmi_host.protocol import (
     Reply,
     Request,
 )
+from kvmi_host.protocol.dialects import V6
 
 T = TypeVar("T")
 
@@ -47,7 +49,7 @@ _MAX_UNREAD = 4 << 20
 wait long before."""
 
 
-class AsyncSession(asyncio.BufferedProtocol):
+class AsyncSession(Replying, asyncio.BufferedProtocol):
     """Commands and events of one VM. Made by :meth:`open`, for the event loop that runs then.
 
     :ivar peer: what is known of the VM; None if nothing is.
@@ -56,8 +58,11 @@ class AsyncSession(asyncio.BufferedProtocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, peer: PeerInfo | None, timeout: float, on_event: Handler | None) -> None:
+    def __init__(self, sock: socket.socket, peer: PeerInfo | None, timeout: float, on_event: Handler | None) -> None:
         """Use :meth:`open`."""
+        self._sock = sock
+        self._fd = -1
+        self._direct = True
         self.peer = peer
         self.timeout = timeout
         self._on_event = on_event
@@ -89,7 +94,7 @@ class AsyncSession(asyncio.BufferedProtocol):
         """
 
         loop = asyncio.get_running_loop()
-        return (await loop.create_connection(lambda: cls(peer, timeout, on_event), sock=sock))[1]
+        return (await loop.create_connection(lambda: cls(sock, peer, timeout, on_event), sock=sock))[1]
 
     async def __aenter__(self) -> Self:
         return self
@@ -159,7 +164,7 @@ class AsyncSession(asyncio.BufferedProtocol):
             self._batches.pop(batch, None)
         return batch.results()
 
-    # -- events
+    # -- events; reply() is Replying's
 
     async def next_event(self, timeout: float | None = None) -> Event | None:
         """The next event, or None when `timeout` seconds have passed without one.
@@ -187,23 +192,6 @@ class AsyncSession(asyncio.BufferedProtocol):
         if self._taker:
             _set(self._taker, False)
 
-    def reply(
-        self,
-        event: Event,
-        action: int = Action.CONTINUE,
-        *,
-        new_val: int | None = None,
-        page_fault: PageFaultReply | None = None,
-    ) -> None:
-        """Answer an event, and let its vCPU go on. Does not wait.
-
-        :param new_val: for CR and MSR: the value to write instead of the guest's own.
-        :param page_fault: for PF: how the access is made.
-        :raise SessionClosed: the peer is gone, or it sends events and does not read what they are answered.
-        :raise ValueError: the event has no reply, or takes no such data.
-        """
-        self.send_raw(self._connection.reply(event, action, new_val, page_fault))
-
     def send_raw(self, data: bytes) -> None:
         """Send bytes as they are: for messages made elsewhere. Does not wait.
 
@@ -212,7 +200,7 @@ class AsyncSession(asyncio.BufferedProtocol):
         if self._error:
             self._fail(self._error)
         self._transport.write(data)
-        if not self._writable.is_set() and self._transport.get_write_buffer_size() > _MAX_UNREAD:
+        if self._fd < 0 and self._transport.get_write_buffer_size() > _MAX_UNREAD:
             self._end(SessionClosed(f"the peer does not read: {_MAX_UNREAD} bytes wait for it"))
 
     # -- what asyncio calls
@@ -221,6 +209,8 @@ class AsyncSession(asyncio.BufferedProtocol):
         """The transport is there."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        transport.set_write_buffer_limits(0)
+        self.resume_writing()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where to receive."""
@@ -229,14 +219,17 @@ class AsyncSession(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes came."""
         try:
+            if self._direct and (event := event_in(self._buffer, nbytes)) is not None:
+                self._connection.count(event.seq)
+                self._deliver(event)
+                return
             self._connection.receive_data(bytes(self._buffer[:nbytes]))
             while self._error is None and (message := self._connection.next_message()) is not None:
-                if not isinstance(message, Event):
-                    self._take(message)
-                elif self._on_event:
-                    self._on_event(self, message)
+                if isinstance(message, Event):
+                    self._deliver(message)
                 else:
-                    self._keep(message)
+                    self._take(message)
+            self._direct = not self._connection.pending and self._connection.dialect is V6
         except ProtocolError as error:
             self._end(error)
         except BaseException:
@@ -260,11 +253,13 @@ class AsyncSession(asyncio.BufferedProtocol):
         self._lost.set_result(None)
 
     def pause_writing(self) -> None:
-        """The peer reads slower than we write."""
+        """Not all that was written went out: what comes next has to wait behind it."""
+        self._fd = -1
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """All went out."""
+        self._fd = -1 if self._error else self._sock.fileno()
         self._writable.set()
 
     # -- below
@@ -278,7 +273,20 @@ class AsyncSession(asyncio.BufferedProtocol):
                 return
         # Any other answer is of a command that its caller has given up waiting for.
 
-    def _keep(self, event: Event) -> None:
+    def _reply(
+        self,
+        event: Event,
+        action: int = Action.CONTINUE,
+        *,
+        new_val: int | None = None,
+        page_fault: PageFaultReply | None = None,
+    ) -> None:
+        self.send_raw(self._connection.reply(event, action, new_val, page_fault))
+
+    def _deliver(self, event: Event) -> None:
+        if self._on_event:
+            self._on_event(self, event)
+            return
         if len(self._events) >= MAX_WAITING_EVENTS:
             raise ProtocolError(f"the peer sent {MAX_WAITING_EVENTS} events without waiting for a reply")
         self._events.append(event)
@@ -307,6 +315,7 @@ class AsyncSession(asyncio.BufferedProtocol):
         if self._error:
             return
         self._error = error
+        self._fd = -1
         self._transport.close()
         if self._transport.get_write_buffer_size():  # what is left is sent if the peer reads
             self._loop.call_later(self.timeout, self._transport.abort)

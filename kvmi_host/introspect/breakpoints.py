@@ -69,9 +69,9 @@ class Breakpoints:
         """Answer a hit, and let the vCPU begin with the step. Its SINGLESTEP event is for :meth:`stepped`."""
         data = event.data
         assert isinstance(data, BreakpointHit)
+        self.stepping, self._over = event.vcpu, event
         yield from self._hold.pause(leave=[event.vcpu])
         yield from ask_all(_switch(data.gpa, self._originals[data.gpa], event.vcpu, True))
-        self.stepping, self._over = event.vcpu, event
         yield Reply(event, Action.RETRY)
 
     def stepped(self, event: Event, keep_stepping: bool) -> Plan[None]:

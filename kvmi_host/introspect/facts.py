@@ -8,7 +8,8 @@ from uuid import UUID
 
 from kvmi_host.introspect.plans import Plan, allowed, ask
 from kvmi_host.introspect.session import PeerInfo
-from kvmi_host.protocol import Command, EventId, command_name, event_name, messages
+from kvmi_host.protocol import Command, command_name, event_name, messages
+from kvmi_host.protocol.dialects import DIALECTS
 
 _NO_UUID = UUID(int=0)
 
@@ -30,11 +31,12 @@ class Facts:
 def facts_of(peer: PeerInfo | None) -> Plan[Facts]:
     """Ask the kernel: a few dozen short commands."""
     version = yield from ask(messages.get_version())
+    dialect = DIALECTS[version.dialect]
     may_send = {}
-    for command in Command:
-        may_send[command] = command > Command.EVENT and (yield from allowed(messages.check_command(command)))
+    for command in sorted(dialect.commands):
+        may_send[command] = yield from allowed(messages.check_command(command))
     may_see = {}
-    for event in EventId:
+    for event in sorted(dialect.events):
         may_see[event] = yield from allowed(messages.check_event(event))
     return Facts(
         uuid=peer.uuid if peer else _NO_UUID,

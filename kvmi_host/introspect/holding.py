@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Holding vCPUs: each waits with an event that is not answered until it may go on.
 
-A vCPU waits with one event at a time. One that waits with an event already stays held by that: it is not asked to
-pause. PAUSE_VCPU events that were asked for and come late are answered by whoever meets them, see :meth:`Hold.meets`.
+A vCPU waits with one event at a time. One that waits with an event already is held by that, until it is answered, and
+is not asked to pause. A PAUSE_VCPU event that was asked for may come late, when something else was answered first:
+whoever meets it hands it to :meth:`Hold.take`.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from kvmi_host.introspect.errors import SessionTimeout
 from kvmi_host.introspect.plans import Plan, ask, listen
@@ -53,9 +54,7 @@ class Hold:
             event = yield from listen()
             if event is None:
                 raise SessionTimeout(f"vCPUs {sorted(running)} were asked to pause, and do not")
-            if self.meets(event):
-                self._held[event.vcpu] = event
-            else:
+            if not (yield from self.take(event)):
                 self.kept.append(event)
             if event.event != EventId.UNHOOK:
                 running.discard(event.vcpu)
@@ -69,11 +68,20 @@ class Hold:
             _, event = self._held.popitem()
             yield Reply(event)
 
-    def meets(self, event: Event) -> bool:
-        """Whether this is the end of a pause that was asked for here. Ask once for each event."""
+    @property
+    def held(self) -> Mapping[int, Event]:
+        """The vCPUs that are held, and what each waits with."""
+        return self._held
+
+    def take(self, event: Event) -> Plan[bool]:
+        """Whether this is a pause that was asked for here. It is held, or answered if it comes too late for that."""
         if event.event != EventId.PAUSE_VCPU or not self._owed[event.vcpu]:
             return False
         self._owed[event.vcpu] -= 1
+        if self._depth:
+            self._held[event.vcpu] = event
+        else:
+            yield Reply(event)
         return True
 
     @property

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from time import monotonic
-from typing import Self
 
 from kvmi_host.introspect.breakpoints import Breakpoints
 from kvmi_host.introspect.holding import Hold
@@ -49,13 +48,12 @@ class WatchedEvent(Event):
     """An event that waits for its answer: CONTINUE, unless :meth:`reply` says otherwise."""
 
     answer: Reply | None = None
-    """What was said last; None: CONTINUE."""
     registers_to_set: Registers | None = None
 
-    @classmethod
-    def of(cls, event: Event) -> Self:
+    @staticmethod
+    def of(event: Event) -> WatchedEvent:
         """An event, which waits from now on."""
-        return tuple.__new__(cls, event)
+        return tuple.__new__(_watched(type(event)), event)
 
     def reply(
         self,
@@ -75,6 +73,16 @@ class WatchedEvent(Event):
         """
         self.answer = Reply(self, action, new_val, page_fault)
         self.registers_to_set = registers
+
+
+_watched_as: dict[type[Event], type[WatchedEvent]] = {Event: WatchedEvent}
+
+
+def _watched(kind: type[Event]) -> type[WatchedEvent]:
+    """The class for events that a dialect lays out its own way."""
+    if kind not in _watched_as:
+        _watched_as[kind] = type(f"Watched{kind.__name__}", (WatchedEvent, kind), {})
+    return _watched_as[kind]
 
 
 class Watch:
@@ -139,8 +147,7 @@ class Watch:
                 break
             if event.event == EventId.UNHOOK:
                 self.unhooked = True
-            else:
-                self._hold.meets(event)
+            elif not (yield from self._hold.take(event)):
                 yield from self._let_go(event)
 
     @property
@@ -189,8 +196,7 @@ class Watch:
             return False
         if kind == EventId.CREATE_VCPU and event.vcpu not in self._watched:
             yield from self._take_in(event.vcpu)
-        elif kind == EventId.PAUSE_VCPU and self._hold.meets(event):
-            yield Reply(event)
+        elif kind == EventId.PAUSE_VCPU and (yield from self._hold.take(event)):
             return False
         elif kind == EventId.SINGLESTEP and event.vcpu == self._breakpoints.stepping:
             yield from self._breakpoints.stepped(event, EventId.SINGLESTEP in self._kinds)

@@ -6,6 +6,7 @@
     KvmiError                   anything this package raises on purpose
     +-- ProtocolError           the peer broke the protocol: close the session, it cannot be resumed
     |   +-- HandshakeError      ... before the session began: the connection is of no use
+    |   +-- UnsupportedDialect  ... or follows one that is not spoken here: another kernel or another library
     +-- CommandError            the kernel refused one command: the session goes on, .code says why
     +-- SessionError            (kvmi_host.introspect) the connection, not what was said on it
     |   +-- SessionClosed       the peer is gone: attach again
@@ -45,6 +46,10 @@ class ProtocolError(KvmiError):
 
 class HandshakeError(ProtocolError):
     """The peer failed the exchange that precedes a session: silent, cut short, or with a wrong cookie."""
+
+
+class UnsupportedDialect(ProtocolError):
+    """The kernel speaks a dialect of the protocol that is known by name, and not spoken here."""
 
 
 class CommandError(KvmiError):

@@ -11,8 +11,9 @@ then the event's own data. What says how to read it is decoded at once, the rest
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from struct import Struct
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 from kvmi_host.protocol.errors import ProtocolError
 from kvmi_host.protocol.ids import Action, EventId, event_name
@@ -31,8 +32,8 @@ _SIZE = Struct("<H")
 _HEAD = Struct("<HHB3xB")  # size, vcpu, event, mode
 _RIP = Struct(f"<{_REGS_AT + 16 * 8}xQ")
 _CR3 = Struct(f"<{_SREGS_AT + 224 + 2 * 8}xQ")
-# Where each field of the common part ends, to name what a short event lacks.
-_COMMON_FIELDS = ((2, "size"), (4, "vcpu"), (5, "event"), (9, "mode"), (160, "regs"), (472, "sregs"), (544, "msrs"))
+COMMON_FIELDS = ((2, "size"), (4, "vcpu"), (5, "event"), (9, "mode"), (160, "regs"), (472, "sregs"), (544, "msrs"))
+"""Where each field of the common part ends, to name what a short event lacks."""
 
 
 class CrWrite(NamedTuple):
@@ -79,6 +80,20 @@ class Trap(NamedTuple):
     cr2: int
 
 
+class TrapV7(NamedTuple):
+    """The same as dialect v7 tells it: without the type."""
+
+    vector: int
+    error_code: int
+    cr2: int
+
+
+class SingleStep(NamedTuple):
+    """An instruction was stepped over, in dialect v7. ``failed``: 1 if it could not be."""
+
+    failed: int
+
+
 class DescriptorAccess(NamedTuple):
     """A register of a descriptor table (see :class:`~kvmi_host.protocol.ids.Descriptor`) is about to be read (``write``
     0) or written (1)."""
@@ -87,10 +102,10 @@ class DescriptorAccess(NamedTuple):
     write: int
 
 
-OwnData = CrWrite | MsrWrite | BreakpointHit | PageFault | Trap | DescriptorAccess
+OwnData = CrWrite | MsrWrite | BreakpointHit | PageFault | Trap | TrapV7 | SingleStep | DescriptorAccess
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """How an event's own data is read, and where each of its fields ends."""
 
     struct: Struct
@@ -98,16 +113,21 @@ class _Layout(NamedTuple):
     ends: tuple[int, ...]
 
 
-_OWN: dict[int, _Layout] = {
-    EventId.CR: _Layout(Struct("<H6xQQ"), CrWrite, (2, 16, 24)),
-    EventId.MSR: _Layout(Struct("<I4xQQ"), MsrWrite, (4, 16, 24)),
-    EventId.BREAKPOINT: _Layout(Struct("<QB"), BreakpointHit, (8, 9)),
-    EventId.PF: _Layout(Struct("<QQBxH"), PageFault, (8, 16, 17, 20)),
-    EventId.TRAP: _Layout(Struct("<III4xQ"), Trap, (4, 8, 12, 24)),
-    EventId.DESCRIPTOR: _Layout(Struct("<BB"), DescriptorAccess, (1, 2)),
+OWN: Mapping[int, Layout] = {
+    EventId.CR: Layout(Struct("<H6xQQ"), CrWrite, (2, 16, 24)),
+    EventId.MSR: Layout(Struct("<I4xQQ"), MsrWrite, (4, 16, 24)),
+    EventId.BREAKPOINT: Layout(Struct("<QB"), BreakpointHit, (8, 9)),
+    EventId.PF: Layout(Struct("<QQBxH"), PageFault, (8, 16, 17, 20)),
+    EventId.TRAP: Layout(Struct("<III4xQ"), Trap, (4, 8, 12, 24)),
+    EventId.DESCRIPTOR: Layout(Struct("<BB"), DescriptorAccess, (1, 2)),
 }
-# By kind, which is a byte: how long the own data is at least, and what its name is.
-_OWN_SIZE = tuple(_OWN[kind].struct.size if kind in _OWN else 0 for kind in range(256))
+
+
+def own_sizes(layouts: Mapping[int, Layout]) -> tuple[int, ...]:
+    """How long an event's own data is at least, by its kind, which is a byte."""
+    return tuple(layouts[kind].struct.size if kind in layouts else 0 for kind in range(256))
+
+
 _KINDS = tuple(EventId(kind) if kind in set(EventId) else kind for kind in range(256))
 _new_tuple = tuple.__new__
 
@@ -123,6 +143,8 @@ class _Fields(NamedTuple):
 class Event(_Fields):
     """One event. Immutable; a tuple, because nothing is made and read faster.
 
+    A dialect that lays out events otherwise has a subclass, with tables of its own in place of these.
+
     :ivar seq: the event's number in the session: counts from 1 over all vCPUs, wraps at 2**32.
     :ivar vcpu: index of the vCPU that waits; meaningless for the VM's own event UNHOOK.
     :ivar event: the kind: an :class:`EventId`, or the bare number of a kind that is newer than this library.
@@ -131,6 +153,9 @@ class Event(_Fields):
     """
 
     __slots__ = ()
+    layouts: ClassVar[Mapping[int, Layout]] = OWN
+    common: ClassVar[tuple[tuple[int, str], ...]] = COMMON_FIELDS
+    own_sizes: ClassVar[tuple[int, ...]] = own_sizes(OWN)
 
     def __new__(cls, seq: int, body: bytes) -> Self:
         """
@@ -139,14 +164,14 @@ class Event(_Fields):
         """
         length = len(body)
         if length < EVENT_SIZE:
-            raise _too_short(seq, body)
+            raise _too_short(cls, seq, body)
         size, vcpu, kind, mode = _HEAD.unpack_from(body)
-        if size < EVENT_SIZE or length - size < _OWN_SIZE[kind]:
-            raise _too_short(seq, body)
+        if size < EVENT_SIZE or length - size < cls.own_sizes[kind]:
+            raise _too_short(cls, seq, body)
         return _new_tuple(cls, (seq, vcpu, _KINDS[kind], mode, body))
 
     def __reduce__(self) -> tuple[type[Event], tuple[int, bytes]]:
-        return Event, (self.seq, self.body)
+        return type(self), (self.seq, self.body)
 
     @property
     def rip(self) -> int:
@@ -178,7 +203,7 @@ class Event(_Fields):
     @property
     def data(self) -> OwnData | None:
         """What this kind of event tells besides the vCPU's state; None for kinds that tell nothing more."""
-        layout = _OWN.get(self.body[4])
+        layout = self.layouts.get(self.body[4])
         if layout is None:
             return None
         return layout.type._make(layout.struct.unpack_from(self.body, _SIZE.unpack_from(self.body)[0]))
@@ -187,14 +212,14 @@ class Event(_Fields):
         return f"<Event {self.seq} {event_name(self.event)} vcpu={self.vcpu} mode={self.mode} rip={self.rip:#x}>"
 
 
-def _too_short(seq: int, body: bytes) -> ProtocolError:
+def _too_short(kind: type[Event], seq: int, body: bytes) -> ProtocolError:
     """Names the first field that is missing in a body that :class:`Event` did not take."""
     size: int = _SIZE.unpack_from(body)[0] if len(body) >= _SIZE.size else len(body)
     known = min(len(body), size)
     if known < EVENT_SIZE:
-        missing = next(name for end, name in _COMMON_FIELDS if end > known)
+        missing = next(name for end, name in kind.common if end > known)
         return ProtocolError(f"event {seq}: {known} bytes of kvmi_event, too few for its field {missing!r}")
-    layout = _OWN.get(body[4])
+    layout = kind.layouts.get(body[4])
     fields = zip(layout.ends, layout.type._fields, strict=True) if layout else ()
     missing = next((name for end, name in fields if end > len(body) - size), "size")
     return ProtocolError(f"event {seq} ({event_name(body[4])}): ends before its field {missing!r}")

@@ -71,6 +71,11 @@ class Framer:
             return None
         return _new_tuple(Frame, (message_id, seq, data[start:end]))
 
+    def withdraw(self) -> bytes:
+        """Give back what was fed and not taken out."""
+        data, self._data, self._at = self._data[self._at :], b"", 0
+        return data
+
     @property
     def pending(self) -> int:
         """How many bytes of an incomplete message are held."""

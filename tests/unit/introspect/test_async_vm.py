@@ -70,11 +70,11 @@ async def test_vcpus_and_memory_are_awaited():
 async def test_vcpus_are_paused_within_the_block_and_no_longer():
     async with simulated(2) as (kernel, vm):
         async with vm.paused():
-            assert kernel.waits(0)
-            assert kernel.waits(1)
+            assert kernel.waiting_for(0) is not None
+            assert kernel.waiting_for(1) is not None
         await vm.session.ask(messages.get_version())
-        assert not kernel.waits(0)
-        assert not kernel.waits(1)
+        assert kernel.waiting_for(0) is None
+        assert kernel.waiting_for(1) is None
 
 
 @in_a_loop

@@ -119,11 +119,11 @@ def test_an_msr_is_read_by_its_name(make_vm):
 def test_vcpus_are_paused_within_the_block_and_no_longer(make_vm):
     kernel, vm = make_vm(2)
     with vm.paused():
-        assert kernel.waits(0)
-        assert kernel.waits(1)
+        assert kernel.waiting_for(0) is not None
+        assert kernel.waiting_for(1) is not None
     vm.session.get_version()  # the replies are read before this
-    assert not kernel.waits(0)
-    assert not kernel.waits(1)
+    assert kernel.waiting_for(0) is None
+    assert kernel.waiting_for(1) is None
 
 
 def test_blocks_of_pauses_can_be_within_each_other(make_vm):
@@ -132,14 +132,14 @@ def test_blocks_of_pauses_can_be_within_each_other(make_vm):
         with vm.paused():
             pass
         vm.session.get_version()
-        assert kernel.waits(0)
+        assert kernel.waiting_for(0) is not None
 
 
 def test_a_vcpu_that_is_not_started_need_not_be_paused(make_vm):
     kernel, vm = make_vm(2, not_started=[1])
     with vm.paused():
-        assert kernel.waits(0)
-        assert not kernel.waits(1)
+        assert kernel.waiting_for(0) is not None
+        assert kernel.waiting_for(1) is None
 
 
 def test_a_vcpu_that_does_not_pause_is_an_error_and_the_others_go_on(make_vm):
@@ -149,7 +149,7 @@ def test_a_vcpu_that_does_not_pause_is_an_error_and_the_others_go_on(make_vm):
     with pytest.raises(SessionTimeout, match=r"vCPUs \[1\] were asked to pause"), vm.paused():
         pass
     vm.session.get_version()
-    assert not kernel.waits(0)
+    assert kernel.waiting_for(0) is None
 
 
 def test_an_event_that_comes_instead_of_the_pause_is_not_lost(make_vm):
@@ -158,7 +158,7 @@ def test_an_event_that_comes_instead_of_the_pause_is_not_lost(make_vm):
     with vm.paused():
         pass
     vm.session.get_version()
-    assert kernel.waits(0)
+    assert kernel.waiting_for(0) is not None
     with closing(vm.events(HYPERCALL)) as events:
         assert next(events).event == EventId.HYPERCALL
     assert next_reply(replies).action == Action.CONTINUE
@@ -174,7 +174,7 @@ def test_the_pause_that_comes_after_such_an_event_is_nobodys_business(make_vm):
         kinds.append(event.event)
         vm.session.get_version()
     assert kinds == [EventId.HYPERCALL, EventId.PAUSE_VCPU]  # its own one, for the interest
-    assert not kernel.waits(0)
+    assert kernel.waiting_for(0) is None
 
 
 def test_pausing_while_an_event_is_handled_leaves_its_vcpu_alone(make_vm):
@@ -182,7 +182,7 @@ def test_pausing_while_an_event_is_handled_leaves_its_vcpu_alone(make_vm):
     replies = kernel.fire(EventId.HYPERCALL)
     for _ in vm.events(HYPERCALL):
         with vm.paused():
-            assert kernel.waits(1)
+            assert kernel.waiting_for(1) is not None
         break
     assert next_reply(replies).action == Action.CONTINUE
 
@@ -193,8 +193,8 @@ def test_a_step_is_made_by_a_paused_vcpu_alone(make_vm):
         vcpu = vm.vcpus[0]
         threading.Thread(target=step_when_told, args=(kernel, 0)).start()
         assert vcpu.step().event == EventId.SINGLESTEP
-        assert kernel.waits(0)
-        assert kernel.waits(1)
+        assert kernel.waiting_for(0) is not None
+        assert kernel.waiting_for(1) is not None
         assert not kernel.enabled(EventId.SINGLESTEP)
 
 
@@ -226,7 +226,7 @@ def test_an_event_is_answered_continue_when_the_loop_comes_back(make_vm):
     replies = kernel.fire(EventId.CR, own=cr3_write())
     events = vm.events(CR3, duration=0.2)
     next(events)
-    assert kernel.waits(0)
+    assert kernel.waiting_for(0) is not None
     assert list(events) == []
     assert next_reply(replies).own == struct.pack("<Q", 0x2000)
 
@@ -346,16 +346,16 @@ def test_a_breakpoint_is_stepped_over_while_the_other_vcpus_wait(make_vm):
 
     def execute() -> None:
         reply = next_reply(replies)
-        told.extend((reply.action, kernel.memory[0x1234:0x1235], kernel.waits(1)))
+        told.extend((reply.action, kernel.memory[0x1234:0x1235], kernel.waiting_for(1)))
         step_when_told(kernel, 0)
 
     guest = threading.Thread(target=execute)
     guest.start()
     assert len(list(vm.events(Breakpoint(0x1234, physical=True), duration=0.5))) == 1
     guest.join()
-    assert told == [Action.RETRY, NOP, True]
-    assert not kernel.waits(0)
-    assert not kernel.waits(1)
+    assert told == [Action.RETRY, NOP, EventId.PAUSE_VCPU]
+    assert kernel.waiting_for(0) is None
+    assert kernel.waiting_for(1) is None
     assert not kernel.enabled(EventId.SINGLESTEP)
 
 
@@ -421,12 +421,12 @@ def test_leaving_within_a_step_over_a_breakpoint_ends_the_step(make_vm):
     with closing(vm.events(Breakpoint(0x1234, physical=True), CR3)) as events:
         assert [next(events).event for _ in range(2)] == [EventId.BREAKPOINT, EventId.CR]
         assert kernel.enabled(EventId.SINGLESTEP)
-        assert kernel.waits(1)
+        assert kernel.waiting_for(1) is not None
     guest.join()
     vm.session.get_version()
     assert not kernel.enabled(EventId.SINGLESTEP)
-    assert not kernel.waits(0)
-    assert not kernel.waits(1)
+    assert kernel.waiting_for(0) is None
+    assert kernel.waiting_for(1) is None
 
 
 # -- pages

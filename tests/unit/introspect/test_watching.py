@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from kvmi_host.attach import event_id
 from kvmi_host.introspect import SeqLedger, SessionClosed, Wanted, Watch, serve
+from kvmi_host.introspect.ledger import REMEMBERED
 from kvmi_host.protocol import Action, Command, CommandError, EventId
 from kvmi_host.testing.peer import next_reply
 
@@ -150,6 +151,14 @@ def test_a_number_that_comes_again_is_counted(again):
     for seq in (1, 3, again):
         ledger.enter(seq)
     assert (ledger.seen, ledger.missing, ledger.repeated) == (2, 1, 1)
+
+
+def test_a_ledger_does_not_grow_with_the_gaps():
+    ledger = SeqLedger()
+    for seq in (1, *range(3, 30001, 2), 1 << 30):
+        ledger.enter(seq)
+    assert (ledger.seen, ledger.missing) == (15001, (1 << 30) - 15001)
+    assert len(ledger._gaps) == REMEMBERED
 
 
 def test_numbers_wrap_at_32_bits():
