@@ -187,6 +187,11 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
             self._fail(self._error)
         return None
 
+    def wake(self) -> None:
+        """Have :meth:`next_event` return None now, if a task waits in it and there is no event."""
+        if self._taker:
+            _set(self._taker, False)
+
     def send_raw(self, data: bytes) -> None:
         """Send bytes as they are: for messages made elsewhere. Does not wait.
 

@@ -123,6 +123,7 @@ class AsyncVm:
         self.session = session
         self.memory = AsyncMemory(session, ranges.physical)
         self.handlers: Handlers[AsyncHandler] = Handlers()
+        self.unhooked = False
         self._hold = Hold()
         self._facts: Facts | None = None
         self._watch: Watch | None = None
@@ -212,6 +213,14 @@ class AsyncVm:
             await run_async(self.session, watch.end(waiting))
         except (SessionError, ProtocolError) as error:
             _log.info("the session ended before everything was undone: %s", error)
+        finally:
+            self.unhooked = watch.unhooked
+
+    def stop(self) -> None:
+        """As :meth:`Vm.stop`, and from any task: where no event is being handled, at once."""
+        if self._watch is not None:
+            self._watch.stopped = True
+            self.session.wake()
 
     def on(self, *interests: Interest) -> Callable[[AsyncHandler], AsyncHandler]:
         """As :meth:`Vm.on`. The function may be a coroutine function; the vCPU waits as long as it takes."""

@@ -34,6 +34,10 @@ class Handlers(Generic[H]):
 
         return decorate
 
+    def include(self, others: Handlers[H]) -> None:
+        """Have the functions of another one called, too."""
+        self._handlers += others._handlers
+
     @property
     def interests(self) -> Sequence[Interest]:
         """All that some function is interested in."""

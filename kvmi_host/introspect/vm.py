@@ -160,12 +160,14 @@ class Vm:
     :ivar session: for what this class has no word for. Events are taken from one of the two only.
     :ivar memory: physical memory.
     :ivar handlers: what :meth:`run` calls.
+    :ivar unhooked: whether the host has asked for the session's end.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.memory = Memory(session, ranges.physical)
         self.handlers: Handlers[Handler] = Handlers()
+        self.unhooked = False
         self._hold = Hold()
         self._watch: Watch | None = None
         self._waiting: WatchedEvent | None = None
@@ -279,6 +281,13 @@ class Vm:
         except (SessionError, ProtocolError) as error:
             # The kernel lets go of the vCPUs when a session ends, and forgets about its pages.
             _log.info("the session ended before everything was undone: %s", error)
+        finally:
+            self.unhooked = watch.unhooked
+
+    def stop(self) -> None:
+        """End :meth:`events` or :meth:`run` when the event that is being handled is answered. For handlers."""
+        if self._watch is not None:
+            self._watch.stopped = True
 
     def on(self, *interests: Interest) -> Callable[[Handler], Handler]:
         """Have a function called with each of these events; see :meth:`run`. To be used as a decorator."""

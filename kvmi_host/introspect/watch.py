@@ -92,10 +92,12 @@ class Watch:
         through :meth:`sort` and :meth:`answer` with them.
     :ivar steps: whether SINGLESTEP events are wanted for themselves.
     :ivar unhooked: whether the host has asked for the session's end.
+    :ivar stopped: set it, and :meth:`next` finds no more events.
     """
 
     def __init__(self, hold: Hold, interests: Iterable[Interest]) -> None:
         self.unhooked = False
+        self.stopped = False
         self._hold = hold
         self._interests = tuple(interests)
         self._kinds = frozenset(interest.event for interest in self._interests)
@@ -165,17 +167,19 @@ class Watch:
     @property
     def undisturbed(self) -> bool:
         """Whether the next event is the next one that comes, and nothing else is to be seen to."""
-        return not (self._hold.kept or self._not_started or self._breakpoints.stepping is not None)
+        return not (self.stopped or self._hold.kept or self._not_started or self._breakpoints.stepping is not None)
 
     def next(self, timeout: float | None) -> Plan[WatchedEvent | None]:
         """The next event for whoever watches.
 
         :param timeout: seconds to wait for one.
-        :return: None: there was none in time, or the host asks for the session's end.
+        :return: None: there was none in time, the host asks for the session's end, or :attr:`stopped` was set.
         """
         deadline = None if timeout is None else monotonic() + timeout
         while not self.unhooked:
             yield from self._retry()
+            if self.stopped:  # looked at last: who sets it later wakes whoever listens
+                break
             event = self._take_kept() or (yield from listen(self._patience(deadline)))
             if event is None:
                 if deadline is not None and monotonic() >= deadline:

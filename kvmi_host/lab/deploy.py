@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What of this tree goes to a host under test, as one tar stream: package, command, guest images, hardware suite, and
-the page whose programs it runs."""
+"""What of this tree goes to a host under test, as one tar stream: package, command, guest images, hardware suite."""
 
 from __future__ import annotations
 
@@ -20,7 +19,6 @@ from kvmi_host.lab.images import guest_images
 TOP = PurePosixPath("/opt/kvmi-host")
 """The folder on the host that holds all of it."""
 
-_AS_HERE = ("tests/hardware", "docs/library.md", "pyproject.toml")
 _LAUNCHER = f"""#!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
 PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"
@@ -33,7 +31,7 @@ ln -sf "$kernel" {TOP}/images/linux.vmlinuz"""
 
 SCRIPT = f"""set -e
 mkdir -p {TOP}
-rm -rf {TOP}/lib {TOP}/tests {TOP}/docs {TOP}/images {TOP}/deployed
+rm -rf {TOP}/lib {TOP}/tests {TOP}/images {TOP}/deployed
 tar -xz --no-same-owner -C /
 {LINUX}
 """
@@ -42,7 +40,7 @@ tar -xz --no-same-owner -C /
 
 def _contents(root: Path, guests: Mapping[str, Path]) -> Iterator[tuple[PurePosixPath, Path]]:
     """Each file with its path on the host."""
-    for part, place in (("kvmi_host", "lib/kvmi_host"), *((part, part) for part in _AS_HERE)):
+    for part, place in (("kvmi_host", "lib/kvmi_host"), ("tests/hardware",) * 2, ("pyproject.toml",) * 2):
         for file in cache.files(root / part) if (root / part).exists() else ():
             yield TOP / place / file.relative_to(root / part).as_posix(), file
     for name, file in guests.items():

@@ -14,6 +14,7 @@
     +-- HostError               (kvmi_host.host) this host cannot do it until someone changes the host
     +-- AttachError             (kvmi_host.attach) this VM cannot be attached to
     +-- RecordingError          (kvmi_host.recording) a recording cannot be written or read
+    +-- ConfigError             (kvmi_host.agent) the agent's configuration cannot be used: change the file
     +-- ProvisionError          (kvmi_host.provision) libvirt or the SSH way to it refused
 
 Arguments that a caller got wrong (a page that is no page, a reply to an event that has none) are ValueError: a bug of

@@ -188,6 +188,24 @@ class SimulatedKernel:
         """Whether the introspector has switched an event on."""
         return event in (self._vm_events if event in VM_EVENTS else self._vcpus[vcpu].events)
 
+    def await_enabled(self, event: int, vcpu: int = 0, enabled: bool = True, timeout: float = 5.0) -> None:
+        """Wait until the introspector has switched an event on, or off.
+
+        :raise TimeoutError: it has not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.enabled(event, vcpu) == enabled, timeout):
+                raise TimeoutError(f"event {event} on vCPU {vcpu} is not switched {'on' if enabled else 'off'}")
+
+    def await_carried_out(self, command: int, timeout: float = 5.0) -> None:
+        """Wait until the introspector has sent a command that was carried out.
+
+        :raise TimeoutError: it has not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: command in self.carried_out, timeout):
+                raise TimeoutError(f"command {command} was not sent")
+
     def watched_registers(self, vcpu: int = 0) -> frozenset[int]:
         """The control registers whose writes the introspector watches."""
         return frozenset(self._vcpus[vcpu].registers)
@@ -204,6 +222,11 @@ class SimulatedKernel:
         """The guest takes the exception that the introspector asked for."""
         injected, self._vcpus[vcpu].injected = self._vcpus[vcpu].injected, None
         return injected
+
+    def allow_all(self) -> None:
+        """Who made the connection allows everything, which it does a moment after the session has begun."""
+        self._commands = frozenset(_COMMANDS)
+        self._events = frozenset(EventId)
 
     def start_vcpu(self, vcpu: int) -> None:
         """The guest starts a vCPU."""
@@ -274,6 +297,8 @@ class SimulatedKernel:
             self._done(command, seq, 0, outcome)
         else:
             self._done(command, seq, outcome)
+        with self._changed:
+            self._changed.notify_all()
         for index in range(len(self._vcpus)):
             self._go_on(index)
 

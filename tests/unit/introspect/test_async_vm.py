@@ -124,3 +124,35 @@ async def test_handlers_may_be_coroutines_and_may_raise():
             logging.disable(logging.NOTSET)
         assert handled == [2, 2]
         assert vm.handlers.errors == 2
+
+
+@in_a_loop
+async def test_another_task_ends_the_watching_at_once():
+    async with simulated(2) as (kernel, vm):
+        running = asyncio.create_task(vm.run())
+        kernel.fire(EventId.HYPERCALL)
+        await asyncio.to_thread(kernel.await_running)  # it is past the beginning: what nobody watches goes on
+        vm.stop()
+        await running
+        assert not kernel.enabled(EventId.UNHOOK)
+        assert not vm.session.closed
+
+
+@in_a_loop
+async def test_the_event_that_is_handled_is_answered_before_the_watching_ends():
+    async with simulated() as (kernel, vm):
+        replies = kernel.fire(EventId.HYPERCALL)
+        handling, go_on = asyncio.Event(), asyncio.Event()
+
+        @vm.on(HYPERCALL)
+        async def slow(event):
+            handling.set()
+            await go_on.wait()
+            event.reply(Action.CRASH)
+
+        running = asyncio.create_task(vm.run())
+        await handling.wait()
+        vm.stop()
+        go_on.set()
+        await running
+        assert (await asyncio.to_thread(next_reply, replies)).action == Action.CRASH

@@ -26,6 +26,7 @@ from kvmi_host.introspect import (
     SessionTimeout,
     Vm,
 )
+from kvmi_host.introspect.handlers import Handlers
 from kvmi_host.introspect.holding import Hold
 from kvmi_host.introspect.plans import run
 from kvmi_host.introspect.watch import RETRY_EVERY, Watch
@@ -469,6 +470,26 @@ def test_handlers_are_called_with_what_they_are_for(make_vm):
     vm.on(HYPERCALL, CR4)(lambda event: called.append(("other", event.vcpu)))
     vm.run(duration=0.2)
     assert sorted(called) == [("cr3", 0), ("other", 1)]
+
+
+def test_a_handler_can_end_the_watching(make_vm):
+    kernel, vm = make_vm()
+    replies = kernel.fire(EventId.HYPERCALL)
+    vm.on(HYPERCALL)(lambda event: vm.stop())
+    vm.run()
+    assert next_reply(replies).action == Action.CONTINUE
+
+
+def test_handlers_of_several_makers_are_called_in_turn(make_vm):
+    kernel, vm = make_vm()
+    kernel.fire(EventId.HYPERCALL)
+    called, others = [], Handlers()
+    vm.on(HYPERCALL)(lambda event: called.append("first"))
+    others.add([HYPERCALL])(lambda event: called.append("second"))
+    vm.handlers.include(others)
+    vm.on(HYPERCALL)(lambda event: vm.stop())
+    vm.run()
+    assert called == ["first", "second"]
 
 
 def test_a_handler_that_raises_is_reported_and_the_guest_goes_on(make_vm, caplog):
