@@ -3,14 +3,16 @@
  * peer: the kernel's end of sessions, as fast as a program can be it.
  *
  *   peer events SECONDS FD...    one VM at each descriptor, a stream socket: its vCPU writes CR3 and waits for the reply
+ *   peer watched SECONDS FD...   ... once the introspector has switched that on
  *   peer memory FD               serves READ_PHYSICAL until the introspector closes
  *
  * "events" first goes a few rounds unmeasured, then prints as JSON how long it measured, the rounds of each VM in that
  * time, and what a round of the first VM took in microseconds: that of the fastest tenth of its slices of SLICE rounds,
- * in which nobody else had a turn on its CPU. Every reply is checked. In "memory" a page holds its own address, over and over; as in the kernel, commands
- * are served in order, and none is while the answer of the one before it is not taken.
+ * in which nobody else had a turn on its CPU. Every reply is checked. In "memory" a page holds its own address, over and
+ * over; as in the kernel, commands are served in order, and none is while the answer of the one before it is not taken.
  */
 #include <pthread.h>
+#include <stdbool.h>
 
 #include "wire.h"
 
@@ -18,6 +20,7 @@ enum { WARM_UP = 300, SLICE = 100, MAX_SLICES = 100000, COMMANDS = 256, MAX_VMS 
 
 struct vm {
 	int fd, index;
+	bool watched;
 	double seconds, elapsed;
 	unsigned long rounds;
 	pthread_t thread;
@@ -51,6 +54,25 @@ static void round_trip(int fd, struct cr_event *event)
 		errx(1, "a reply that is none to event %u", event->header.seq);
 }
 
+/* Say yes to whatever comes before the end of the preparations: to watch CR3 of the one vCPU. */
+static void be_watched(int fd)
+{
+	struct kvmi_msg_hdr header;
+	char payload[PAGE];
+
+	do {
+		struct guest_info_answer answer = { .info.vcpu_count = 1 };
+
+		if (receive(fd, &header, sizeof(header), sizeof(header)) != sizeof(header) ||
+		    header.size > sizeof(payload) || receive(fd, payload, header.size, header.size) != header.size)
+			errx(1, "the introspector closed before it watched anything");
+		size_t size = header.id == KVMI_GET_GUEST_INFO ? sizeof(answer.info) : 0;
+
+		answer.header = (struct kvmi_msg_hdr){ header.id, sizeof(answer.error) + size, header.seq };
+		send_all(fd, &answer, sizeof(answer.header) + answer.header.size);
+	} while (header.id != KVMI_CONTROL_CR);
+}
+
 static void *run(void *argument)
 {
 	struct vm *vm = argument;
@@ -60,6 +82,8 @@ static void *run(void *argument)
 		.own = { .cr = CR3, .new_value = 0x1000 },
 	};
 
+	if (vm->watched)
+		be_watched(vm->fd);
 	for (int i = 0; i < WARM_UP; i++)
 		round_trip(vm->fd, &event);
 	pthread_barrier_wait(&start);
@@ -78,7 +102,7 @@ static void *run(void *argument)
 	return NULL;
 }
 
-static void events(double seconds, int count, char **descriptors)
+static void events(double seconds, bool watched, int count, char **descriptors)
 {
 	static struct vm vms[MAX_VMS];
 	double elapsed = 0;
@@ -87,7 +111,7 @@ static void events(double seconds, int count, char **descriptors)
 		errx(2, "%d VMs are more than %d", count, MAX_VMS);
 	pthread_barrier_init(&start, NULL, count);
 	for (int i = 0; i < count; i++) {
-		vms[i] = (struct vm){ .fd = atoi(descriptors[i]), .index = i, .seconds = seconds };
+		vms[i] = (struct vm){ .fd = atoi(descriptors[i]), .index = i, .watched = watched, .seconds = seconds };
 		if ((errno = pthread_create(&vms[i].thread, NULL, run, &vms[i])))
 			err(1, "pthread_create");
 	}
@@ -132,10 +156,10 @@ static void memory(int fd)
 
 int main(int argc, char **argv)
 {
-	if (argc >= 4 && !strcmp(argv[1], "events"))
-		events(atof(argv[2]), argc - 3, argv + 3);
+	if (argc >= 4 && (!strcmp(argv[1], "events") || !strcmp(argv[1], "watched")))
+		events(atof(argv[2]), argv[1][0] == 'w', argc - 3, argv + 3);
 	else if (argc == 3 && !strcmp(argv[1], "memory"))
 		memory(atoi(argv[2]));
 	else
-		errx(2, "usage: peer events SECONDS FD... | peer memory FD");
+		errx(2, "usage: peer events|watched SECONDS FD... | peer memory FD");
 }

@@ -3,6 +3,7 @@
 
 seat.py events FD          read seq, vcpu, event and mode of each event, answer it CONTINUE
 seat.py registers FD       ... and rip and cr3
+seat.py loop FD            as "events", in a VM's loop over CR3
 seat.py asyncio FD...      as "events", for any number of sessions on one thread
 seat.py memory FD BYTES    read guest memory; prints as JSON what a chunk took in microseconds
 seat.py idle COUNT         prints as JSON how many bytes Python takes for a session that waits for events, of so many
@@ -18,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from time import perf_counter
 
-from kvmi_host.introspect import Session, SessionClosed
+from kvmi_host.introspect import CR3, Session, SessionClosed, Vm
 from kvmi_host.introspect.async_session import AsyncSession
 from kvmi_host.protocol import Event
 
@@ -46,6 +47,14 @@ def registers(session: Session) -> None:
         _ = event.rip
         _ = event.cr3
         session.reply(event)
+
+
+def loop(session: Session) -> None:
+    for event in Vm(session).events(CR3):
+        _ = event.seq
+        _ = event.vcpu
+        _ = event.event
+        _ = event.mode
 
 
 def on_event(session: AsyncSession, event: Event) -> None:
@@ -115,7 +124,7 @@ def main(what: str, *arguments: str) -> None:
     elif what == "idle":
         asyncio.run(idle(*numbers))
     else:
-        run = {"events": events, "registers": registers, "memory": memory}[what]
+        run = {"events": events, "registers": registers, "loop": loop, "memory": memory}[what]
         with Session(socket.socket(fileno=numbers[0])) as session, suppress(SessionClosed):
             run(session, *numbers[1:])
 

@@ -70,7 +70,8 @@ class Bench:
 
     def _events(self, seat: Argv, vms: int, seconds: float) -> dict:
         with connections(vms) as (peers, seats):
-            peer = self._start([str(self.peer), "events", str(seconds)], peers, 0)
+            how = "watched" if seat[-1] == "loop" else "events"
+            peer = self._start([str(self.peer), how, str(seconds)], peers, 0)
             client = self._start(seat, seats, 1)
         measured = finish(peer)
         finish(client)
@@ -153,6 +154,7 @@ def compare_events(figures: Figures, bench: Bench, where: str, rounds: int, seco
     """Round trips of one VM."""
     for name, kind, label, limit in (
         ("event", "events", "an event's round trip", "1.35"),
+        ("event_loop", "loop", "... in a VM's loop", "1.35"),
         ("event_registers", "registers", "... rip and cr3 read, too", "1.6"),
         ("event_asyncio", "asyncio", "... with asyncio", "3"),
     ):

@@ -43,6 +43,12 @@ struct page_answer {
 	uint8_t page[PAGE];
 };
 
+struct guest_info_answer {
+	struct kvmi_msg_hdr header;
+	struct kvmi_error_code error;
+	struct kvmi_get_guest_info_reply info;
+};
+
 static inline void send_all(int fd, const void *data, size_t size)
 {
 	for (const char *at = data; size;) {
