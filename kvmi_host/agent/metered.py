@@ -4,12 +4,12 @@ waits for this process."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from time import perf_counter
 
 from kvmi_host.agent.metrics import Histogram, VmCounts
-from kvmi_host.introspect import PeerInfo
-from kvmi_host.introspect.async_session import AsyncSession, Handler
+from kvmi_host.introspect.async_session import AsyncSession
 from kvmi_host.protocol import Action, Event, PageFaultReply
 
 
@@ -19,8 +19,9 @@ class MeteredSession(AsyncSession):
     counts: VmCounts
     handling: Histogram
 
-    def __init__(self, peer: PeerInfo | None, timeout: float, on_event: Handler | None) -> None:
-        super().__init__(peer, timeout, on_event)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The transport is there."""
+        super().connection_made(transport)
         self._arrivals: deque[float] = deque()  # of the events that wait to be taken
         self._taken: dict[int, float] = {}  # arrivals of those that are not answered, by vCPU: each waits with one
 
