@@ -124,8 +124,12 @@ def _watch(
                 return False
             return True
 
-        if serve(session, handle, idle, _TICK):
-            tally.ended = "unhook"
+        try:
+            if serve(session, handle, idle, _TICK):
+                tally.ended = "unhook"
+        finally:
+            if recorder:  # what comes from now on is answered, and not shown
+                recorder.note({"leaving": {"events": tally.events}})
         steering.let_go()
         watch.stop()
         for _ in range(_FEWEST_SAMPLES):
