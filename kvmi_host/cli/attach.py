@@ -136,9 +136,11 @@ def _watch(
                     tally.sample(session)
             tally.ended = why
         finally:
+            if recorder:  # what comes from now on is answered, and not shown
+                recorder.note({"leaving": {"events": tally.events}})
             if not session.closed:
                 steering.let_go()
-                carry_out(watch.end())
+                run(session, watch.end())
         for _ in range(_FEWEST_SAMPLES):
             tally.sample(session)
     except SessionClosed:

@@ -15,6 +15,8 @@ Record = Mapping[str, Any]
 """What is shown is what ``--json`` prints: the object of one line."""
 
 COLUMNS = ("seq", "vCPU", "event", "mode", "rip", "detail")
+LINE = "{:>10} {:>4} {:<12} {:>4} {:>18} {}"
+"""How an event's cells are aligned."""
 
 _COMMON = frozenset({"vm", "vcpu", "seq", "event", "mode", "rip", "time_ns"})
 _CR = event_name(EventId.CR)

@@ -8,17 +8,15 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from time import monotonic, sleep
-from typing import IO, Annotated, Any, cast
+from typing import IO, Annotated, cast
 
 import typer
 
 from kvmi_host.cli.options import Json
-from kvmi_host.cli.records import Record, event_record
+from kvmi_host.cli.recorded import Line, recorded_lines
 from kvmi_host.cli.signals import noted_signals
-from kvmi_host.cli.tally import Tally
 from kvmi_host.cli.view import Situation, View, view_for
-from kvmi_host.protocol import Command, Event, Framer, KvmiError, ProtocolError
-from kvmi_host.recording import DISSECTOR, FIRST_BYTE, BadRecording, EndsEarly, Message, Note, read_recording
+from kvmi_host.recording import DISSECTOR, FIRST_BYTE, BadRecording
 
 app = typer.Typer(add_completion=False)
 
@@ -56,7 +54,7 @@ def replay(
     # A pipe's reader that returns what there is, where standard input may be something else in its place.
     stream = cast(IO[bytes], file if hasattr(file, "peek") else io.BufferedReader(cast(io.RawIOBase, file)))
     recorded = cast(io.BufferedReader, stream).peek(1)[:1] == FIRST_BYTE
-    lines = _recorded(stream) if recorded else _printed(stream, file.name)
+    lines = recorded_lines(stream) if recorded else _printed(stream, file.name)
     with noted_signals() as signalled, closing(view_for(as_json, recorded=True)) as view:
         pace = _Pace(view, speed, signalled)
         for where, line in lines:
@@ -118,10 +116,6 @@ class _Pace:
         return Situation("replay", keys=(("space", "pause"), ("q", "quit")))
 
 
-Line = tuple[str, Any]
-"""Where an object was found, and the object."""
-
-
 def _printed(stream: IO[bytes], name: str) -> Iterator[Line]:
     """What ``attach --json`` printed."""
     for number, line in enumerate(iter(lambda: stream.readline(_LONGEST_LINE), b""), 1):
@@ -130,58 +124,3 @@ def _printed(stream: IO[bytes], name: str) -> Iterator[Line]:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise BadRecording(f"{where} is nothing that attach --json prints: {error!r}") from None
-
-
-def _recorded(stream: IO[bytes]) -> Iterator[Line]:
-    """What ``attach --json`` would have printed, and the summary where it is missing, of a recording.
-
-    :raise BadRecording: after all else: the recording is damaged, or was cut off.
-    :raise ProtocolError: after all else: the VM's side broke the protocol.
-    """
-    where, name, summarized = "a note in the recording", "", False
-    tally = Tally()
-    first_ns = last_ns = 0
-    trouble: KvmiError | None = None
-    try:
-        for item in read_recording(stream):
-            first_ns, last_ns = first_ns or item.time_ns, item.time_ns
-            if isinstance(item, Note):
-                yield where, item.content
-                name = _name(item.content) or name
-                summarized = summarized or "summary" in item.content
-            elif not item.sent:
-                try:
-                    event = _event(item)
-                except ProtocolError as error:
-                    trouble = error
-                    continue
-                if event:
-                    tally.enter(event)
-                    yield where, event_record(name, event, item.time_ns)
-    except BadRecording as error:
-        trouble = error
-    if not summarized:
-        trouble = trouble or EndsEarly("the recording has no end: who made it was killed, or is still at it")
-        if first_ns:
-            tally.ended = str(trouble)
-            yield where, {"summary": tally.summary((last_ns - first_ns) / 1e9)}
-    if trouble:
-        raise trouble
-
-
-def _name(note: Record) -> str:
-    facts = note.get("session")
-    return str(facts.get("name", "")) if isinstance(facts, dict) else ""
-
-
-def _event(message: Message) -> Event | None:
-    """The event that a message of the kernel's is, if it is one.
-
-    :raise ProtocolError: it is no message, or no event of this protocol.
-    """
-    framer = Framer()
-    framer.feed(message.data)
-    frame = framer.next_frame()
-    if frame is None:
-        raise ProtocolError(f"the recording has {len(message.data)} bytes of the VM's side that are no whole message")
-    return Event(frame.seq, frame.payload) if frame.id == Command.EVENT else None

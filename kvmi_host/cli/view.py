@@ -10,9 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import typer
 
-from kvmi_host.cli.records import COLUMNS, Record, cells
-
-_PLAIN = "{:>10} {:>4} {:<12} {:>4} {:>18} {}"
+from kvmi_host.cli.records import COLUMNS, LINE, Record, cells
 
 
 class Situation(NamedTuple):
@@ -63,10 +61,10 @@ class PlainView:
 
     def session(self, facts: Record) -> None:
         print_facts(facts)
-        typer.echo(_PLAIN.format(*COLUMNS))
+        typer.echo(LINE.format(*COLUMNS))
 
     def event(self, record: Record) -> None:
-        typer.echo(_PLAIN.format(*cells(record)).rstrip())
+        typer.echo(LINE.format(*cells(record)).rstrip())
         sys.stdout.flush()
 
     def poll(self, situation: Callable[[], Situation]) -> str:

@@ -262,6 +262,14 @@ for _, name in ipairs(event_msrs) do
 end
 kvmi.fields = fields
 
+local parts_of = { regs = {}, sregs = {}, msrs = {} } -- the fields in each
+for name, field in pairs(fields) do
+	local structure = name:match("^(%l+)%.")
+	if structure then
+		table.insert(parts_of[structure], field)
+	end
+end
+
 local short = ProtoExpert.new("kvmi.short", "The message ends too early", expert.group.MALFORMED, expert.severity.ERROR)
 local long = ProtoExpert.new("kvmi.long", "More than is known here", expert.group.UNDECODED, expert.severity.NOTE)
 local padding = ProtoExpert.new("kvmi.padding", "Padding that is not zero", expert.group.PROTOCOL, expert.severity.WARN)
@@ -315,6 +323,20 @@ local function dissect_part(cursor, tree, name, layout)
 	subtree:set_len(cursor.at - start)
 end
 
+-- Most of an event are registers, and most of the time nobody looks at them: neither at the message's details nor, by a
+-- filter or a column, at one of these fields.
+local function is_looked_at(tree, name)
+	if tree.visible or tree:referenced(fields[name]) then
+		return true
+	end
+	for _, field in ipairs(parts_of[name]) do
+		if tree:referenced(field) then
+			return true
+		end
+	end
+	return false
+end
+
 local structures = {
 	regs = function(cursor, tree, values)
 		dissect_values(cursor, tree, "regs", registers, values)
@@ -338,6 +360,22 @@ local structures = {
 		subtree:set_len(cursor.at - start)
 	end,
 }
+local structure_sizes = { regs = 144, sregs = 312, msrs = 72 }
+local RIP_AT = 16 * 8 -- in regs
+
+local function dissect_structure(cursor, tree, name, values)
+	local size = structure_sizes[name]
+	if left(cursor) == 0 then
+		take(cursor, tree, nil, 1, name)
+	elseif left(cursor) < size or is_looked_at(tree, name) then
+		structures[name](cursor, tree, values)
+	else
+		if name == "regs" then
+			values["regs.rip"] = cursor.tvb(cursor.at + RIP_AT, 8)
+		end
+		cursor.at = cursor.at + size
+	end
+end
 
 -- Dissects what a layout says; the values by name, of a repeated field the last one.
 function dissect_layout(cursor, tree, layout, prefix, values)
@@ -350,11 +388,7 @@ function dissect_layout(cursor, tree, layout, prefix, values)
 	for word in (fixed or layout):gmatch("%S+") do
 		local name, size = word:match("^(.+):(%d+)$")
 		if not name then
-			if left(cursor) == 0 then
-				take(cursor, tree, nil, 1, word)
-			else
-				structures[word](cursor, tree, values)
-			end
+			dissect_structure(cursor, tree, word, values)
 		elseif name == "-" then
 			take(cursor, tree, nil, tonumber(size), "its padding")
 		else

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import kvmi_host
 from kvmi_host.cli import app
+from kvmi_host.cli.recorded import recorded_lines
+from kvmi_host.introspect.session import MAX_WAITING_EVENTS
 from kvmi_host.protocol import Action, Command, EventId, frame
 from kvmi_host.recording import DISSECTOR, Message, Note, Recorder, read_recording
 from kvmi_host.testing.peer import next_reply
@@ -82,6 +84,34 @@ def test_replay_prints_what_attach_printed_to_the_byte(recorded):
     path, printed = recorded
     result = run("replay", path, "--json")
     assert (result.exit_code, result.stdout) == (0, printed)
+
+
+def test_events_that_attach_did_not_look_at_any_more_are_recorded_and_not_shown(kernel, once_attached, tmp_path):
+    once_attached(lambda: [kernel.fire(EventId.HYPERCALL, vcpu) for vcpu in (0, 1)])
+    path = tmp_path / "r"
+    printed = run("attach", "webserver", "--json", "--count", "1", "--record", path).stdout
+    received = [m for m in items(path) if isinstance(m, Message) and not m.sent and m.data[:2] == b"\1\0"]
+    assert (len(received), len(events_of(printed))) == (2, 1)
+    assert run("replay", path, "--json").stdout == printed
+
+
+@pytest.mark.parametrize("note", [{"leaving": 1}, {"leaving": {}}, {"session": {"name": 1}}, {"summary": {}}, {}])
+def test_a_note_that_attach_does_not_make_is_told(tmp_path, note):
+    with Recorder(tmp_path / "r", "web") as recorder:
+        recorder.note(note)
+    result = run("replay", tmp_path / "r")
+    assert result.exit_code == 1
+    assert "a note " in result.stderr
+
+
+def test_events_that_nobody_answers_do_not_pile_up(tmp_path):
+    event = frame(Command.EVENT, 1, (544).to_bytes(2, "little") + bytes(2) + b"\5" + bytes(539))
+    with Recorder(tmp_path / "r", "web") as recorder:
+        for _ in range(2 * MAX_WAITING_EVENTS):
+            recorder.tap(False, event)
+    with (tmp_path / "r").open("rb") as file:
+        next(recorded_lines(file))
+        assert file.tell() < (tmp_path / "r").stat().st_size * 0.6
 
 
 def test_replay_shows_what_attach_showed(recorded, tmp_path):
