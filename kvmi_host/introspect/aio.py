@@ -130,25 +130,20 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         :raise CommandError: the first refusal, when all answers were taken.
         """
         batch = Batch(self._connection, requests)
+        self._batches[batch] = self._loop.create_future()
         try:
-            while True:
-                await self._until_writable()
-                if self._error:
-                    self._fail(self._error)
-                piece = batch.piece()
-                if not piece:
-                    break
-                self._batches[batch] = self._loop.create_future()
+            while piece := await self._next_piece(batch):
                 self._transport.write(piece)
             while left := batch.unanswered:
-                if not await self._wait(self._batches[batch], self.timeout):
-                    if batch.unanswered == left:
-                        raise SessionTimeout(f"{left} of {len(requests)} commands: no answer in {self.timeout} s")
-                    self._batches[batch] = self._loop.create_future()
+                done = await self._wait(self._batches[batch], self.timeout)
                 if self._error and batch.unanswered:
                     self._fail(self._error)
+                if batch.unanswered == left:
+                    raise SessionTimeout(f"{left} of {len(requests)} commands: no answer in {self.timeout} s")
+                if not done:
+                    self._batches[batch] = self._loop.create_future()
         finally:
-            self._batches.pop(batch, None)
+            del self._batches[batch]
         return batch.results()
 
     # -- events; reply() is Replying's
@@ -274,14 +269,17 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         if self._taker:
             _set(self._taker, True)
 
-    async def _until_writable(self) -> None:
-        if self._writable.is_set():
-            return
-        try:
-            async with asyncio.timeout(self.timeout):
-                await self._writable.wait()
-        except TimeoutError:
-            raise SessionTimeout(f"the peer has not read for {self.timeout} s") from None
+    async def _next_piece(self, batch: Batch[T]) -> bytes:
+        """The bytes of the next commands, when all that was written before went out; empty if there are none left."""
+        if not self._writable.is_set():
+            try:
+                async with asyncio.timeout(self.timeout):
+                    await self._writable.wait()
+            except TimeoutError:
+                raise SessionTimeout(f"the peer has not read for {self.timeout} s") from None
+        if self._error:
+            self._fail(self._error)
+        return batch.piece()
 
     async def _wait(self, future: asyncio.Future[bool], seconds: float) -> bool:
         """Wait for `future`; False when so many seconds have passed first."""
