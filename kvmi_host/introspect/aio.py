@@ -60,6 +60,8 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         self._buffer = _buffer()
         self._events: deque[Event] = deque()
         self._taker: asyncio.Future[bool] | None = None
+        self._deadline = 0.0  # of the taker, in the loop's time
+        self._alarm: asyncio.TimerHandle | None = None
         self._batches: dict[Batch[Any], asyncio.Future[bool]] = {}
         self._writable = asyncio.Event()
         self._writable.set()
@@ -159,8 +161,11 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
             raise ValueError("events go to on_event" if self._on_event else "another task waits for the next event")
         if not self._events and self._error is None:
             self._taker = self._loop.create_future()
+            self._deadline = self._loop.time() + (self.timeout if timeout is None else timeout)
+            if self._alarm is None or self._deadline < self._alarm.when():
+                self._set_alarm()
             try:
-                await self._wait(self._taker, self.timeout if timeout is None else timeout)
+                await self._taker
             finally:
                 self._taker = None
         if self._events:
@@ -289,6 +294,20 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         finally:
             expiry.cancel()
 
+    def _set_alarm(self) -> None:
+        # One for many waits: it is put off when it rings too early, which costs less than one for each.
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(self._deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self._taker:
+            if self._loop.time() < self._deadline:
+                self._set_alarm()
+            else:
+                _set(self._taker, False)
+
     def _end(self, error: KvmiError) -> None:
         """The session is over because of `error`; whoever waits is told."""
         if self._error:
@@ -299,6 +318,8 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         if self._transport.get_write_buffer_size():  # what is left is sent if the peer reads
             self._loop.call_later(self.timeout, self._transport.abort)
         self._writable.set()
+        if self._alarm:
+            self._alarm.cancel()
         for waiting in (*self._batches.values(), *((self._taker,) if self._taker else ())):
             _set(waiting, True)
 
