@@ -99,7 +99,8 @@ class Session(RoundTrip):
         self._fd = -1 if tap else sock.fileno()
         self._due = 0
         self._direct = False
-        self._poll = select.poll()
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self._connection = Connection()
         self._events: deque[Event] = deque()
 
@@ -390,10 +391,10 @@ class Session(RoundTrip):
 
     def _next_event(self, timeout: float, received: bytes = b"") -> Event | None:
         deadline = monotonic() + timeout
-        if self._events:
-            return self._events.popleft()
         if received:
             self._feed(received)
+        if self._events:
+            return self._events.popleft()
         while True:
             while (message := self._connection.next_message()) is not None:
                 if isinstance(message, Event):
@@ -415,7 +416,8 @@ class Session(RoundTrip):
 
     def _receive(self, deadline: float) -> bool:
         """Feed the connection once; False when the deadline passed before there was anything."""
-        if not self._wait(select.POLLIN, deadline):
+        left = deadline - monotonic()
+        if not self._readable.poll(min(left, _FOREVER) * 1000 if left > 0 else 0):
             return False
         try:
             data = self._sock.recv(_CHUNK, socket.MSG_DONTWAIT)
@@ -464,9 +466,10 @@ class Session(RoundTrip):
         """Wait for poll's `events`: those that are there, 0 when the deadline passed before there was any."""
         if self.closed:
             raise SessionClosed("the session has ended")
-        self._poll.register(self._sock, events)
+        poll = select.poll()
+        poll.register(self._sock, events)
         left = min(max(0.0, deadline - monotonic()), _FOREVER)
-        ready = self._poll.poll(left * 1000)
+        ready = poll.poll(left * 1000)
         return ready[0][1] if ready else 0
 
     def _lost(self, error: OSError) -> NoReturn:
