@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvmi_host.protocol import Command, EventId, MsrWrite, frame
 from kvmi_host.recording import Message, Note, Recorder, RecordingFailed, read_recording
+from kvmi_host.testing.peer import SimulatedKernel, next_reply
 
 MESSAGES = [frame(Command.GET_VERSION, 1), frame(Command.GET_GUEST_INFO, 2, bytes(24)), frame(1, 3, b"x" * 8184)]
 MSR_WRITE = bytes.fromhex("820000c0 00000000 0100000000000000 0200000000000000")
@@ -41,6 +42,32 @@ def test_a_sessions_messages_are_in_it_in_order_with_their_direction(pair, tmp_p
     assert ids == [(True, Command.GET_VERSION), (False, Command.GET_VERSION), (False, Command.EVENT), (True, 0)]
     assert read(path)[2].data[8 + 544 :] == MSR_WRITE
     assert event.data == MsrWrite(0xC0000082, 1, 2)
+
+
+def test_nothing_crosses_the_socket_unrecorded(pair, tmp_path, monkeypatch):
+    sent, received = [], []
+    send, take = SimulatedKernel._send, SimulatedKernel._message
+    monkeypatch.setattr(SimulatedKernel, "_send", lambda self, data: (sent.append(data), send(self, data)))
+    monkeypatch.setattr(
+        SimulatedKernel, "_message", lambda self, *message: (received.append(message), take(self, *message))
+    )
+    with Recorder(tmp_path / "r", "web") as recorder:
+        kernel, session = pair(tap=recorder.tap)
+        for gpa in range(0, 4 * 4096, 4096):
+            session.write_physical(gpa, bytes(4096))
+            session.read_physical(gpa, 4096)
+        for kind, own in ((EventId.MSR, MSR_WRITE), (EventId.HYPERCALL, b"")):
+            for new_val in (None, 7) if kind == EventId.MSR else (None,):
+                replies = kernel.fire(kind, own=own)
+                session.reply(session.next_event(), new_val=new_val)
+                next_reply(replies)
+        kernel.fire(EventId.HYPERCALL)
+        session.get_version()  # an event is received while its answer is awaited
+        session.control_cmd_response(False)
+        session.control_cmd_response(True)
+    recorded = read(tmp_path / "r")
+    assert data_of(recorded, sent=False) == sent
+    assert data_of(recorded, sent=True) == [frame(*message) for message in received]
 
 
 def test_its_times_do_not_run_backwards(pair, tmp_path):
