@@ -178,17 +178,18 @@ class Connection:
         return frame(_EVENT_REPLY, event.seq, encode_reply(event, action, new_val, page_fault))
 
     def _answer(self, message: Frame) -> Answer:
-        asked = self._asked.pop(message.seq, None)
+        command, seq, payload = message
+        asked = self._asked.pop(seq, None)
         if asked is None:
-            asked = self._silent.pop(message.seq, None)
-        if asked != message.id:
-            self._break(f"an answer of {command_name(message.id)} with seq {message.seq} that nobody asked for")
-        if len(message.payload) < _ERROR_CODE.size:
-            self._break(f"the answer of {command_name(message.id)} is too short for its error code")
-        error: int = _ERROR_CODE.unpack_from(message.payload)[0]
-        if error and message.seq in self._switches:
-            self._answers_on = self._switches.pop(message.seq)
-        return Answer(message.id, message.seq, error, message.payload[_ERROR_CODE.size :])
+            asked = self._silent.pop(seq, None)
+        if asked != command:
+            self._break(f"an answer of {command_name(command)} with seq {seq} that nobody asked for")
+        if len(payload) < _ERROR_CODE.size:
+            self._break(f"the answer of {command_name(command)} is too short for its error code")
+        error: int = _ERROR_CODE.unpack_from(payload)[0]
+        if error and seq in self._switches:
+            self._answers_on = self._switches.pop(seq)
+        return Answer(command, seq, error, payload[_ERROR_CODE.size :])
 
     def _break(self, why: str) -> NoReturn:
         self.state = State.BROKEN
