@@ -51,7 +51,8 @@ MAX_SKIPPED = 4096
 """How many event numbers may be on their way while later ones have come: KVM has no more vCPUs than that."""
 
 _SEQ_MASK = 0xFFFFFFFF
-_EVENT, _EVENT_REPLY = int(Command.EVENT), int(Command.EVENT_REPLY)  # looked at for each event: an enum's are slow
+# Looked at for each message: an enum's are slow.
+_EVENT, _EVENT_REPLY, _GET_VERSION = int(Command.EVENT), int(Command.EVENT_REPLY), int(Command.GET_VERSION)
 
 
 class State(Enum):
@@ -235,20 +236,21 @@ class Connection:
         return frame(_EVENT_REPLY, event.seq, encode_reply(event, action, new_val, page_fault))
 
     def _answer(self, message: Frame) -> Answer:
-        asked = self._asked.pop(message.seq, None)
+        command, seq, payload = message
+        asked = self._asked.pop(seq, None)
         if asked is None:
-            asked = self._silent.pop(message.seq, None)
-        if asked != message.id:
-            self._break(f"an answer of {command_name(message.id)} with seq {message.seq} that nobody asked for")
-        if len(message.payload) < _ERROR_CODE.size:
-            self._break(f"the answer of {command_name(message.id)} is too short for its error code")
-        error: int = _ERROR_CODE.unpack_from(message.payload)[0]
-        if error and message.seq in self._switches:
-            self._answers_on = self._switches.pop(message.seq)
-        data = message.payload[_ERROR_CODE.size :]
-        if message.id == Command.GET_VERSION and not error:
+            asked = self._silent.pop(seq, None)
+        if asked != command:
+            self._break(f"an answer of {command_name(command)} with seq {seq} that nobody asked for")
+        if len(payload) < _ERROR_CODE.size:
+            self._break(f"the answer of {command_name(command)} is too short for its error code")
+        error: int = _ERROR_CODE.unpack_from(payload)[0]
+        if error and seq in self._switches:
+            self._answers_on = self._switches.pop(seq)
+        data = payload[_ERROR_CODE.size :]
+        if command == _GET_VERSION and not error:
             self._speak(DIALECTS[read_version(data).dialect])
-        return Answer(message.id, message.seq, error, data)
+        return Answer(command, seq, error, data)
 
     def _speak(self, dialect: Dialect) -> None:
         self._event = event_type(dialect)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from struct import Struct
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
@@ -46,8 +45,7 @@ _U64 = Struct("<Q")
 _MSR_ENTRY = Struct("<I4xQ")
 
 
-@dataclass(frozen=True, slots=True)
-class Request(Generic[T_co]):
+class Request(NamedTuple, Generic[T_co]):
     """A command that was not sent yet.
 
     :ivar command: the message id.

@@ -5,6 +5,7 @@ seat.py events FD          read seq, vcpu, event and mode of each event, answer 
 seat.py registers FD       ... and rip and cr3
 seat.py loop FD            as "events", in a VM's loop over CR3
 seat.py asyncio FD...      as "events", for any number of sessions on one thread
+seat.py awaited FD...      ... with a task for each that awaits its events
 seat.py memory FD BYTES    read guest memory; prints as JSON what a chunk took in microseconds
 seat.py idle COUNT         prints as JSON how many bytes Python takes for a session that waits for events, of so many
 """
@@ -65,9 +66,20 @@ def on_event(session: AsyncSession, event: Event) -> None:
     session.reply(event)
 
 
-async def on_one_thread(descriptors: list[int]) -> None:
-    sessions = [await AsyncSession.open(socket.socket(fileno=fd), on_event=on_event) for fd in descriptors]
-    await asyncio.gather(*(session.wait_closed() for session in sessions))
+async def with_handler(fd: int) -> None:
+    async with await AsyncSession.open(socket.socket(fileno=fd), on_event=on_event) as session:
+        await session.wait_closed()
+
+
+async def awaited(fd: int) -> None:
+    async with await AsyncSession.open(socket.socket(fileno=fd)) as session:
+        with suppress(SessionClosed):
+            while True:
+                on_event(session, await session.next_event())
+
+
+async def on_one_thread(one: Callable[[int], Awaitable[None]], descriptors: list[int]) -> None:
+    await asyncio.gather(*(one(fd) for fd in descriptors))
 
 
 def memory(session: Session, size: int) -> None:
@@ -119,8 +131,8 @@ def pairs(count: int) -> Iterator[tuple[socket.socket, socket.socket]]:
 
 def main(what: str, *arguments: str) -> None:
     numbers = [int(argument) for argument in arguments]
-    if what == "asyncio":
-        asyncio.run(on_one_thread(numbers))
+    if what in ("asyncio", "awaited"):
+        asyncio.run(on_one_thread(with_handler if what == "asyncio" else awaited, numbers))
     elif what == "idle":
         asyncio.run(idle(*numbers))
     else:
