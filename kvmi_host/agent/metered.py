@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from time import perf_counter
+from typing import Any
 
 from kvmi_host.agent.metrics import Histogram
 from kvmi_host.introspect.async_session import AsyncSession
-from kvmi_host.protocol import Action, Event, PageFaultReply
+from kvmi_host.protocol import Action, Event
 
 EVERY = 16
 """Of so many receptions, the last event of one is timed; the first one is."""
@@ -26,7 +27,7 @@ class MeteredSession(AsyncSession):
         """The transport is there."""
         super().connection_made(transport)
         self._until_timed = 1
-        self._timed: Event | None = None
+        self._timed = 0
         self._arrived = 0.0
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -37,22 +38,16 @@ class MeteredSession(AsyncSession):
             return
         before, now = len(self._events), perf_counter()
         super().buffer_updated(nbytes)
-        self._until_timed = EVERY
         if len(self._events) > before:
-            self._timed, self._arrived = self._events[-1], now
+            self._until_timed = EVERY
+            self._timed, self._arrived = self._events[-1].seq, now
+            # In the place of the class's, which is compiled, until that event is answered.
+            self.reply = self._timed_reply  # type: ignore[method-assign]
         else:  # these were answers: the next reception, then
             self._until_timed = 1
 
-    def reply(
-        self,
-        event: Event,
-        action: int = Action.CONTINUE,
-        *,
-        new_val: int | None = None,
-        page_fault: PageFaultReply | None = None,
-    ) -> None:
-        """Answer an event, as any session does."""
-        super().reply(event, action, new_val=new_val, page_fault=page_fault)
-        if self._timed is not None and self._timed.seq == event.seq:
+    def _timed_reply(self, event: Event, action: int = Action.CONTINUE, **more: Any) -> None:
+        super().reply(event, action, **more)
+        if event.seq == self._timed:
             self.handling.observe(perf_counter() - self._arrived)
-            self._timed = None
+            del self.reply
