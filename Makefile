@@ -35,8 +35,8 @@ test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12|debug, CPU=amd|intel
 		$(if $(PAGING),-- --paging $(PAGING))
 
 .PHONY: bench
-bench: ## What exits and events cost, counted in instructions of an emulated host; figures in build/bench.json
-	@$(IN_ENVIRONMENT) kvmi-host bench
+bench: ## What exits and events cost in instructions of an emulated host, and how fast we answer; figures in build/bench.json
+	@$(IN_ENVIRONMENT) kvmi-host bench && python tests/bench/speed.py
 
 # What the hardware suite does shortly, for as long as it is told; SMP=2 for a box with two CPUs.
 SMP ?= 1

@@ -9,11 +9,16 @@ from collections.abc import Iterable
 from kvmi_host.attach.policy import Policy, policy_for
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
-from kvmi_host.introspect import PeerInfo, Session, Vm
+from kvmi_host.introspect import PeerInfo, Session, Tap, Vm
 
 
 def attach(
-    vm: str, *, uri: str | None = None, allow: str | Iterable[str | int] | Policy = "observe", timeout: float = 10.0
+    vm: str,
+    *,
+    uri: str | None = None,
+    allow: str | Iterable[str | int] | Policy = "observe",
+    timeout: float = 10.0,
+    tap: Tap | None = None,
 ) -> Vm:
     """Attach to a running VM of this host. Needs root.
 
@@ -21,12 +26,13 @@ def attach(
     :param uri: of the libvirt that knows the name.
     :param allow: what the session may do, as :func:`kvmi_host.attach.policy.policy_for` takes it.
     :param timeout: the session's deadline for commands, in seconds.
+    :param tap: is told of everything that crosses the socket, from the first byte on: what records a session.
     :raise AttachError: see its branches.
     :raise ProvisionError: libvirt could not be asked.
     :raise ValueError: `allow` names something that there is not.
     """
     sock, peer = connect_kernel(vm, uri, allow)
-    return Vm(Session(sock, peer=peer, timeout=timeout))
+    return Vm(Session(sock, peer=peer, timeout=timeout, tap=tap))
 
 
 def connect_kernel(

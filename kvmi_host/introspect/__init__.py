@@ -29,11 +29,9 @@ from kvmi_host.introspect.interests import (
 from kvmi_host.introspect.ledger import SeqLedger
 from kvmi_host.introspect.listener import Listener
 from kvmi_host.introspect.paging import NotMapped, PageTables, Translation
-from kvmi_host.introspect.serving import serve
-from kvmi_host.introspect.session import PeerInfo, Session
+from kvmi_host.introspect.session import PeerInfo, Session, Tap
 from kvmi_host.introspect.vm import Memory, Vcpu, Vm
 from kvmi_host.introspect.watch import WatchedEvent
-from kvmi_host.introspect.watching import Wanted, Watch
 
 __all__ = [
     "BREAKPOINTS",
@@ -64,11 +62,9 @@ __all__ = [
     "SessionClosed",
     "SessionError",
     "SessionTimeout",
+    "Tap",
     "Translation",
     "Vcpu",
     "Vm",
-    "Wanted",
-    "Watch",
     "WatchedEvent",
-    "serve",
 ]

@@ -11,6 +11,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -28,6 +29,7 @@ enum { UNHOOK = 0, CR = 1, MSR = 2, KINDS = 256 };		/* kinds of events */
 enum { HEADER = 8, COMMON = 544, VALUE_AT = 16, VALUE = 8 };	/* sizes; where a CR's or MSR's new value is */
 enum { HEAD = 16, PAGE = 4096, PAGES_AT_ONCE = 64 };		/* of an answer to READ_PHYSICAL of a page */
 enum { CONTINUE = 0 };						/* action */
+enum { SEQ, VCPU, KIND, MODE, BODY, FIELDS };			/* of the class Event, which is a tuple */
 enum { CHUNK = 4096, LONGEST = 2000000, MOST_ARGUMENTS = 8 };	/* bytes; seconds */
 
 struct reply {
@@ -66,21 +68,21 @@ static uint32_t u32(const uint8_t *at)
 static PyObject *event_from(const uint8_t *data, Py_ssize_t size)
 {
 	const uint8_t *body = data + HEADER;
-	PyObject *event, *items[5];
+	PyObject *event, *items[FIELDS];
 
 	if (size < HEADER + COMMON || u16(data) != EVENT || u16(data + 2) != size - HEADER)
 		return NULL;
 	if (u16(body) != COMMON || size - HEADER - COMMON < own_sizes[body[4]])
 		return NULL;
-	event = event_type->tp_alloc(event_type, 5);
+	event = event_type->tp_alloc(event_type, FIELDS);
 	if (!event)
 		return NULL;
-	items[0] = PyLong_FromUnsignedLong(u32(data + 4));
-	items[1] = PyLong_FromUnsignedLong(u16(body + 2));
-	items[2] = Py_NewRef(PyTuple_GET_ITEM(kinds, body[4]));
-	items[3] = PyLong_FromUnsignedLong(body[8]);
-	items[4] = PyBytes_FromStringAndSize((const char *)body, size - HEADER);
-	for (int i = 0; i < 5; i++)
+	items[SEQ] = PyLong_FromUnsignedLong(u32(data + 4));
+	items[VCPU] = PyLong_FromUnsignedLong(u16(body + 2));
+	items[KIND] = Py_NewRef(PyTuple_GET_ITEM(kinds, body[4]));
+	items[MODE] = PyLong_FromUnsignedLong(body[8]);
+	items[BODY] = PyBytes_FromStringAndSize((const char *)body, size - HEADER);
+	for (int i = 0; i < FIELDS; i++)
 		PyTuple_SET_ITEM(event, i, items[i]);
 	if (PyErr_Occurred())
 		Py_CLEAR(event);
@@ -107,58 +109,103 @@ static PyObject *event_in(PyObject *module, PyObject *const *arguments, Py_ssize
 	return event || PyErr_Occurred() ? event : Py_NewRef(Py_None);
 }
 
-PyDoc_STRVAR(receive_pages_doc,
-"receive_pages(fd, reads, /)\n--\n\n"
-"Receive what there is of the answers to a kvmi_host.protocol.pages.PageReads, to where it belongs: how many bytes;\n"
-"0 at the end.\n\n"
-":raise OSError: as recvmsg(2).");
+/* What a kvmi_host.protocol.pages.PageReads has: answers as they have to come, a head and a page in turns. */
+struct layout {
+	Py_buffer heads, expected, pages;
+	Py_ssize_t count, at;
+};
 
-static PyObject *receive_pages(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+/* Room for what comes at layout->at. */
+static int list_room(const struct layout *layout, struct iovec *parts)
 {
-	struct iovec parts[2 * PAGES_AT_ONCE];
-	struct msghdr message = { .msg_iov = parts };
-	PyObject *at_object = NULL, *heads_object = NULL, *pages_object = NULL, *result = NULL;
-	Py_buffer heads = { 0 }, pages = { 0 };
-	Py_ssize_t at, page, within, end;
-	ssize_t size;
-	int fd;
+	Py_ssize_t page = layout->at / (HEAD + PAGE);
+	size_t within = layout->at % (HEAD + PAGE);
+	int count = 0;
 
-	if (count != 2)
-		return PyErr_Format(PyExc_TypeError, "receive_pages() takes a descriptor and PageReads");
-	fd = PyLong_AsLong(arguments[0]);
-	at_object = PyObject_GetAttrString(arguments[1], "at");
-	heads_object = PyObject_GetAttrString(arguments[1], "heads");
-	pages_object = PyObject_GetAttrString(arguments[1], "pages");
-	if (!at_object || !heads_object || !pages_object || PyErr_Occurred())
-		goto out;
-	at = PyLong_AsSsize_t(at_object);
-	if (PyErr_Occurred() || PyObject_GetBuffer(heads_object, &heads, PyBUF_WRITABLE) ||
-	    PyObject_GetBuffer(pages_object, &pages, PyBUF_WRITABLE))
-		goto out;
-	page = at / (HEAD + PAGE);
-	within = at % (HEAD + PAGE);
-	end = Py_MIN(heads.len / HEAD, pages.len / PAGE);
-	for (; at >= 0 && page < end && message.msg_iovlen < 2 * PAGES_AT_ONCE; page++) {
-		parts[message.msg_iovlen++] = (struct iovec){ (char *)heads.buf + page * HEAD, HEAD };
-		parts[message.msg_iovlen++] = (struct iovec){ (char *)pages.buf + page * PAGE, PAGE };
+	for (; page < layout->count && count < 2 * PAGES_AT_ONCE; page++) {
+		parts[count++] = (struct iovec){ (char *)layout->heads.buf + page * HEAD, HEAD };
+		parts[count++] = (struct iovec){ (char *)layout->pages.buf + page * PAGE, PAGE };
 	}
-	for (int part = 0; message.msg_iovlen && within; part++) {
-		size_t past = Py_MIN((size_t)within, parts[part].iov_len);
+	for (int part = 0; part < count && within; part++) {
+		size_t past = within < parts[part].iov_len ? within : parts[part].iov_len;
 
 		parts[part].iov_base = (char *)parts[part].iov_base + past;
 		parts[part].iov_len -= past;
 		within -= past;
 	}
+	return count;
+}
+
+/* As recvmsg(2), again and again while more is to come within so many milliseconds, and all heads are as expected. */
+static ssize_t receive_layout(int fd, struct layout *layout, int milliseconds)
+{
+	Py_ssize_t began = layout->at, checked = began / (HEAD + PAGE) * HEAD, whole;
+	struct iovec parts[2 * PAGES_AT_ONCE];
+
+	while (layout->at < layout->count * (HEAD + PAGE)) {
+		struct msghdr message = { .msg_iov = parts, .msg_iovlen = list_room(layout, parts) };
+		struct pollfd ready = { .fd = fd, .events = POLLIN };
+		ssize_t size = recvmsg(fd, &message, MSG_DONTWAIT);
+
+		if (size < 0 && errno == EAGAIN && poll(&ready, 1, milliseconds) > 0)
+			continue;
+		if (size <= 0)
+			return layout->at > began ? layout->at - began : size;
+		layout->at += size;
+		whole = (layout->at + PAGE) / (HEAD + PAGE) * HEAD;
+		if (memcmp((char *)layout->heads.buf + checked, (char *)layout->expected.buf + checked, whole - checked))
+			break;
+		checked = whole;
+	}
+	return layout->at - began;
+}
+
+PyDoc_STRVAR(receive_pages_doc,
+"receive_pages(fd, reads, milliseconds, /)\n--\n\n"
+"Receive the answers to a kvmi_host.protocol.pages.PageReads to where they belong, as long as they are good ones and\n"
+"none takes longer than this to come: how many bytes; 0 at the end.\n\n"
+":raise OSError: as recvmsg(2).");
+
+static PyObject *receive_pages(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+	PyObject *heads = NULL, *expected = NULL, *pages = NULL, *at = NULL, *result = NULL;
+	struct layout layout = { 0 };
+	int fd, milliseconds;
+	ssize_t size;
+
+	if (count != 3)
+		return PyErr_Format(PyExc_TypeError, "receive_pages() takes a descriptor, PageReads and milliseconds");
+	fd = PyLong_AsLong(arguments[0]);
+	milliseconds = PyLong_AsLong(arguments[2]);
+	if (PyErr_Occurred())
+		return NULL;
+	heads = PyObject_GetAttrString(arguments[1], "heads");
+	expected = heads ? PyObject_GetAttrString(arguments[1], "expected") : NULL;
+	pages = expected ? PyObject_GetAttrString(arguments[1], "pages") : NULL;
+	at = pages ? PyObject_GetAttrString(arguments[1], "at") : NULL;
+	if (!at || PyObject_GetBuffer(heads, &layout.heads, PyBUF_WRITABLE) ||
+	    PyObject_GetBuffer(expected, &layout.expected, PyBUF_SIMPLE) ||
+	    PyObject_GetBuffer(pages, &layout.pages, PyBUF_WRITABLE))
+		goto out;
+	layout.at = PyLong_AsSsize_t(at);
+	layout.count = layout.pages.len / PAGE;
+	if (layout.at < 0 || layout.heads.len < layout.count * HEAD || layout.expected.len < layout.count * HEAD) {
+		if (!PyErr_Occurred())
+			PyErr_SetString(PyExc_ValueError, "heads and pages are not as many");
+		goto out;
+	}
 	Py_BEGIN_ALLOW_THREADS
-	size = recvmsg(fd, &message, MSG_DONTWAIT);
+	size = receive_layout(fd, &layout, milliseconds);
 	Py_END_ALLOW_THREADS
 	result = size < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSsize_t(size);
 out:
-	PyBuffer_Release(&heads);
-	PyBuffer_Release(&pages);
-	Py_XDECREF(at_object);
-	Py_XDECREF(heads_object);
-	Py_XDECREF(pages_object);
+	PyBuffer_Release(&layout.heads);
+	PyBuffer_Release(&layout.expected);
+	PyBuffer_Release(&layout.pages);
+	Py_XDECREF(at);
+	Py_XDECREF(pages);
+	Py_XDECREF(expected);
+	Py_XDECREF(heads);
 	return result;
 }
 
@@ -191,7 +238,8 @@ static double now(void)
 
 static bool set_patience(struct round_trip *self, double seconds)
 {
-	struct timeval timeout = { .tv_sec = seconds, .tv_usec = (seconds - (time_t)seconds) * 1e6 + 1 };
+	long long microseconds = seconds * 1e6 + 1; /* 0 would be for ever */
+	struct timeval timeout = { .tv_sec = microseconds / 1000000, .tv_usec = microseconds % 1000000 };
 
 	if (setsockopt(self->base.fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof(timeout)))
 		return false;
@@ -245,13 +293,19 @@ static PyObject *next_event(PyObject *object, PyObject *const *arguments, Py_ssi
 	return PyObject_CallMethod(object, "_next_event", "dy#", wait - (now() - began), data, size > 0 ? size : 0);
 }
 
+/* An Event can be put together by hand, with anything in it. */
+static bool is_whole(PyObject *event)
+{
+	return PyTuple_GET_SIZE(event) == FIELDS && PyBytes_CheckExact(PyTuple_GET_ITEM(event, BODY));
+}
+
 /* The size of the reply that changes nothing; 0 if this event has none, or one that takes more thought. */
 static size_t encode_reply(PyObject *event, PyObject *action, struct reply *reply)
 {
-	PyObject *body = PyTuple_GET_ITEM(event, 4);
-	unsigned long seq = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(event, 0));
-	unsigned long vcpu = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(event, 1));
-	unsigned long kind = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(event, 2));
+	PyObject *body = PyTuple_GET_ITEM(event, BODY);
+	unsigned long seq = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(event, SEQ));
+	unsigned long vcpu = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(event, VCPU));
+	unsigned long kind = PyLong_AsUnsignedLong(PyTuple_GET_ITEM(event, KIND));
 	unsigned long what = action ? PyLong_AsUnsignedLong(action) : CONTINUE;
 	size_t size = sizeof(*reply) - VALUE;
 
@@ -259,7 +313,7 @@ static size_t encode_reply(PyObject *event, PyObject *action, struct reply *repl
 		PyErr_Clear();
 		return 0;
 	}
-	if (kind == UNHOOK || kind > UINT8_MAX || what > UINT8_MAX)
+	if (kind == UNHOOK || kind > UINT8_MAX || what > UINT8_MAX || vcpu > UINT16_MAX || seq > UINT32_MAX)
 		return 0;
 	*reply = (struct reply){ .id = EVENT_REPLY, .seq = seq, .vcpu = vcpu, .action = what, .event = kind };
 	if (kind == CR || kind == MSR) {
@@ -291,7 +345,7 @@ static PyObject *reply(PyObject *object, PyObject *const *arguments, Py_ssize_t 
 	struct reply reply;
 	size_t size;
 
-	if (plain && fd >= 0 && PyBytes_CheckExact(PyTuple_GET_ITEM(arguments[0], 4))) {
+	if (fd >= 0 && plain && is_whole(arguments[0])) {
 		size = encode_reply(arguments[0], count > 1 ? arguments[1] : NULL, &reply);
 		ssize_t sent = size ? send(fd, &reply, size, MSG_NOSIGNAL | MSG_DONTWAIT) : 0;
 
@@ -353,28 +407,24 @@ static PyTypeObject round_trip_type = {
 static int load(PyObject *module)
 {
 	PyObject *events = PyImport_ImportModule("kvmi_host.protocol.events");
-	PyObject *sizes = NULL, *type = NULL;
-	int failed = -1;
+	PyObject *type = events ? PyObject_GetAttrString(events, "Event") : NULL;
+	PyObject *sizes = type ? PyObject_GetAttrString(type, "own_sizes") : NULL;
 
+	kinds = sizes ? PyObject_GetAttrString(events, "_KINDS") : NULL;
 	reply_name = PyUnicode_InternFromString("_reply");
-
-	if (!events || !reply_name || PyModule_AddType(module, &replying_type) ||
-	    PyModule_AddType(module, &round_trip_type))
-		return -1;
-	type = PyObject_GetAttrString(events, "Event");
-	kinds = PyObject_GetAttrString(events, "_KINDS");
-	sizes = type ? PyObject_GetAttrString(type, "own_sizes") : NULL;
-	if (!type || !kinds || !sizes)
-		goto out;
-	for (int kind = 0; kind < KINDS; kind++)
+	event_type = (PyTypeObject *)type;
+	if (kinds && (!PyType_Check(type) || !PyType_IsSubtype(event_type, &PyTuple_Type) ||
+		      event_type->tp_basicsize != PyTuple_Type.tp_basicsize ||
+		      !PyTuple_Check(kinds) || PyTuple_GET_SIZE(kinds) != KINDS ||
+		      !PyTuple_Check(sizes) || PyTuple_GET_SIZE(sizes) != KINDS))
+		PyErr_SetString(PyExc_ImportError, "this was compiled for another kvmi_host.protocol.events");
+	for (int kind = 0; kind < KINDS && !PyErr_Occurred(); kind++)
 		own_sizes[kind] = PyLong_AsSsize_t(PyTuple_GET_ITEM(sizes, kind));
-	event_type = (PyTypeObject *)Py_NewRef(type);
-	failed = PyErr_Occurred() ? -1 : 0;
-out:
-	Py_XDECREF(type);
 	Py_XDECREF(sizes);
-	Py_DECREF(events);
-	return failed;
+	Py_XDECREF(events);
+	if (PyErr_Occurred() || PyModule_AddType(module, &replying_type))
+		return -1;
+	return PyModule_AddType(module, &round_trip_type);
 }
 
 static PyMethodDef methods[] = {

@@ -71,6 +71,8 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         self._buffer = _buffer()
         self._events: deque[Event] = deque()
         self._taker: asyncio.Future[bool] | None = None
+        self._deadline = 0.0  # of the taker, in the loop's time
+        self._alarm: asyncio.TimerHandle | None = None
         self._batches: dict[Batch[Any], asyncio.Future[bool]] = {}
         self._writable = asyncio.Event()
         self._writable.set()
@@ -143,25 +145,20 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         :raise CommandError: the first refusal, when all answers were taken.
         """
         batch = Batch(self._connection, requests)
+        self._batches[batch] = self._loop.create_future()
         try:
-            while True:
-                await self._until_writable()
-                if self._error:
-                    self._fail(self._error)
-                piece = batch.piece()
-                if not piece:
-                    break
-                self._batches[batch] = self._loop.create_future()
+            while piece := await self._next_piece(batch):
                 self._transport.write(piece)
             while left := batch.unanswered:
-                if not await self._wait(self._batches[batch], self.timeout):
-                    if batch.unanswered == left:
-                        raise SessionTimeout(f"{left} of {len(requests)} commands: no answer in {self.timeout} s")
-                    self._batches[batch] = self._loop.create_future()
+                done = await self._wait(self._batches[batch], self.timeout)
                 if self._error and batch.unanswered:
                     self._fail(self._error)
+                if batch.unanswered == left:
+                    raise SessionTimeout(f"{left} of {len(requests)} commands: no answer in {self.timeout} s")
+                if not done:
+                    self._batches[batch] = self._loop.create_future()
         finally:
-            self._batches.pop(batch, None)
+            del self._batches[batch]
         return batch.results()
 
     # -- events; reply() is Replying's
@@ -177,8 +174,11 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
             raise ValueError("events go to on_event" if self._on_event else "another task waits for the next event")
         if not self._events and self._error is None:
             self._taker = self._loop.create_future()
+            self._deadline = self._loop.time() + (self.timeout if timeout is None else timeout)
+            if self._alarm is None or self._deadline < self._alarm.when():
+                self._set_alarm()
             try:
-                await self._wait(self._taker, self.timeout if timeout is None else timeout)
+                await self._taker
             finally:
                 self._taker = None
         if self._events:
@@ -293,14 +293,17 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         if self._taker:
             _set(self._taker, True)
 
-    async def _until_writable(self) -> None:
-        if self._writable.is_set():
-            return
-        try:
-            async with asyncio.timeout(self.timeout):
-                await self._writable.wait()
-        except TimeoutError:
-            raise SessionTimeout(f"the peer has not read for {self.timeout} s") from None
+    async def _next_piece(self, batch: Batch[T]) -> bytes:
+        """The bytes of the next commands, when all that was written before went out; empty if there are none left."""
+        if not self._writable.is_set():
+            try:
+                async with asyncio.timeout(self.timeout):
+                    await self._writable.wait()
+            except TimeoutError:
+                raise SessionTimeout(f"the peer has not read for {self.timeout} s") from None
+        if self._error:
+            self._fail(self._error)
+        return batch.piece()
 
     async def _wait(self, future: asyncio.Future[bool], seconds: float) -> bool:
         """Wait for `future`; False when so many seconds have passed first."""
@@ -309,6 +312,20 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
             return await future
         finally:
             expiry.cancel()
+
+    def _set_alarm(self) -> None:
+        # One for many waits: it is put off when it rings too early, which costs less than one for each.
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(self._deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self._taker:
+            if self._loop.time() < self._deadline:
+                self._set_alarm()
+            else:
+                _set(self._taker, False)
 
     def _end(self, error: KvmiError) -> None:
         """The session is over because of `error`; whoever waits is told."""
@@ -320,6 +337,8 @@ class AsyncSession(Replying, asyncio.BufferedProtocol):
         if self._transport.get_write_buffer_size():  # what is left is sent if the peer reads
             self._loop.call_later(self.timeout, self._transport.abort)
         self._writable.set()
+        if self._alarm:
+            self._alarm.cancel()
         for waiting in (*self._batches.values(), *((self._taker,) if self._taker else ())):
             _set(waiting, True)
 

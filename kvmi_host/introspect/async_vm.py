@@ -185,23 +185,27 @@ class AsyncVm:
         self._watch = watch = Watch(self._hold, interests)
         try:
             await run_async(session, watch.begin())
-            while (event := await self._next(watch, deadline)) is not None:
-                self._waiting = event
+            plain = watch.plain
+            while True:
+                event = await session.next_event() if deadline is None and watch.undisturbed else None
+                if event is None or event.event not in plain:
+                    event = await self._next(watch, event, deadline)
+                    if event is None:
+                        return
+                self._waiting = event = WatchedEvent.of(event)
                 yield event
                 self._waiting = None
-                if event.answer is None and event.event in watch.plain:
+                if event.answer is None and event.event in plain:
                     session.reply(event)
                 else:
                     await run_async(session, watch.answer(event))
         finally:
             await self._unwatch()
 
-    async def _next(self, watch: Watch, deadline: float | None) -> WatchedEvent | None:
+    async def _next(self, watch: Watch, event: Event | None, deadline: float | None) -> Event | None:
+        if event is not None and await run_async(self.session, watch.sort(event)):
+            return event
         left = None if deadline is None else max(0.0, deadline - monotonic())
-        if watch.undisturbed:
-            event = await self.session.next_event(left)
-            if event is not None and (event.event in watch.plain or await run_async(self.session, watch.sort(event))):
-                return WatchedEvent.of(event)
         return await run_async(self.session, watch.next(left))
 
     async def _unwatch(self) -> None:

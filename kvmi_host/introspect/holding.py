@@ -9,7 +9,7 @@ whoever meets it hands it to :meth:`Hold.take`.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from kvmi_host.introspect.errors import SessionTimeout
 from kvmi_host.introspect.plans import Plan, ask, listen
@@ -37,15 +37,16 @@ class Hold:
         self._depth += 1
         count = yield from ask(messages.guest_info())
         elsewhere = {*waiting, *leave, *self._held, *(event.vcpu for event in self.kept)}
+        yield from self._stop(vcpu for vcpu in range(count) if vcpu not in elsewhere)
+
+    def _stop(self, vcpus: Iterable[int]) -> Plan[None]:
         running = set()
-        for vcpu in range(count):
-            if vcpu in elsewhere:
-                continue
+        for vcpu in vcpus:
             try:
                 # The answer comes when it is out of the guest; the event may take a little longer.
                 yield from ask(messages.pause_vcpu(vcpu, wait=True))
             except CommandError as error:
-                if error.code != ErrorCode.EAGAIN:
+                if error.code != ErrorCode.EAGAIN:  # it has not been started: there is nothing to hold
                     raise
                 continue
             self._owed[vcpu] += 1
@@ -89,28 +90,38 @@ class Hold:
         """Whether there are pauses to come that were asked for here."""
         return self._owed.total() > 0
 
-    def step(self, vcpu: int) -> Plan[Event]:
+    def step(self, vcpu: int, keep_stepping: bool = False) -> Plan[Event]:
         """Let a held vCPU execute one instruction, or take one interrupt.
 
+        :param keep_stepping: SINGLESTEP events are wanted for themselves: they stay on.
         :return: the event that it waits with now: SINGLESTEP, or another that the instruction made. That one is in
             :attr:`kept`, for whoever asked for such events.
         :raise ValueError: the vCPU is not held.
+        :raise CommandError: the session may not; the vCPU stays held.
+        :raise SessionTimeout: the vCPU has not come to the next instruction, perhaps because it sleeps. It is held
+            where it is.
         """
-        event = self._held.pop(vcpu, None)
-        if event is None:
-            raise ValueError(f"vCPU {vcpu} is not paused: one steps within paused()")
+        if vcpu not in self._held:
+            raise ValueError(f"vCPU {vcpu} is not paused: one steps within a pause")
         yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, True))
-        yield Reply(event)
+        yield Reply(self._held.pop(vcpu))
+        event = yield from self._event_of(vcpu)
+        if not keep_stepping:
+            yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, False))
+        if event is None:
+            yield from self._stop([vcpu])
+            raise SessionTimeout(f"vCPU {vcpu} was to make one step, and has not come to its end: does it sleep?")
+        if event.event == EventId.SINGLESTEP:
+            self._held[vcpu] = event
+        else:
+            self.kept.append(event)
+        return event
+
+    def _event_of(self, vcpu: int) -> Plan[Event | None]:
+        """The next event of this vCPU, None if none comes; those of the others are kept."""
         while True:
             event = yield from listen()
-            if event is None:
-                raise SessionTimeout(f"vCPU {vcpu} was to make one step, and has not ended it")
-            if event.event == EventId.UNHOOK or event.vcpu != vcpu:
+            if event is None or (event.vcpu == vcpu and event.event != EventId.UNHOOK):
+                return event
+            if not (yield from self.take(event)):
                 self.kept.append(event)
-                continue
-            if event.event == EventId.SINGLESTEP:
-                self._held[vcpu] = event
-            else:
-                self.kept.append(event)
-            yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, False))
-            return event

@@ -17,7 +17,7 @@ a reply                   answer an event                             None
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from kvmi_host.protocol import CommandError, Event, KvmiError, Reply, Request, messages
@@ -72,9 +72,10 @@ def listen(timeout: float | None = None) -> Plan[Event | None]:
     return (yield Listen(timeout))  # type: ignore[no-any-return]
 
 
-def run(session: Session, plan: Plan[T]) -> T:
+def run(session: Session, plan: Plan[T], heard: Callable[[Event], None] | None = None) -> T:
     """Carry a plan out.
 
+    :param heard: is told of each event that the plan listens to.
     :raise KvmiError: what the plan does not take care of.
     """
     outcome: Any = None
@@ -86,6 +87,8 @@ def run(session: Session, plan: Plan[T]) -> T:
             try:
                 if isinstance(step, Listen):
                     outcome = session.next_event(step.timeout)
+                    if heard and outcome is not None:
+                        heard(outcome)
                 elif isinstance(step, Reply):
                     session.reply(step.event, step.action, new_val=step.new_val, page_fault=step.page_fault)
                 else:

@@ -86,10 +86,13 @@ def event_in(_data: memoryview, _size: int) -> Event | None:
     return None
 
 
-def receive_pages(fd: int, reads: PageReads) -> int:
-    """Receive what there is of the answers to `reads`, to where it belongs: how many bytes; 0 at the end.
+def receive_pages(fd: int, reads: PageReads, milliseconds: int) -> int:
+    """Receive the answers to `reads` to where they belong: how many bytes; 0 at the end.
 
-    :raise OSError: as readv(2). The compiled form raises BlockingIOError where there is nothing; this one waits.
+    Call it when there is something. The compiled form goes on while the answers are good and none takes longer than so
+    many `milliseconds` to come.
+
+    :raise OSError: as readv(2).
     """
     return os.readv(fd, reads.room())
 

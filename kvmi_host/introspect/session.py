@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
@@ -49,6 +49,9 @@ MAX_WAITING_EVENTS = 4097
 """One event per vCPU can wait for its reply, KVM has at most 4096 vCPUs, and UNHOOK waits for none: a peer that sends
 more while it leaves a command unanswered is not a kernel."""
 
+Tap = Callable[[bool, bytes], None]
+"""Is told of everything that crosses the socket, in pieces of any size: whether this side sent it, and the bytes."""
+
 _CHUNK = 65536
 _FOREVER = 2_000_000.0
 """Seconds, which poll can still count in milliseconds: no wait is longer."""
@@ -81,18 +84,23 @@ class Session(RoundTrip):
     :ivar timeout: the deadline of a command in seconds.
     """
 
-    def __init__(self, sock: socket.socket, *, peer: PeerInfo | None = None, timeout: float = 10.0) -> None:
+    def __init__(
+        self, sock: socket.socket, *, peer: PeerInfo | None = None, timeout: float = 10.0, tap: Tap | None = None
+    ) -> None:
         """
         :param sock: a connected stream socket with KVM at its other end. The session owns it from now on.
+        :param tap: what it raises, it raises out of the method that was called.
         """
         sock.setblocking(True)
+        self._tap = tap
         self.peer = peer
         self.timeout = timeout
         self._sock = sock
-        self._fd = sock.fileno()
+        self._fd = -1 if tap else sock.fileno()
         self._due = 0
         self._direct = False
-        self._poll = select.poll()
+        self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self._connection = Connection()
         self._events: deque[Event] = deque()
 
@@ -225,7 +233,8 @@ class Session(RoundTrip):
     def read_pages(self, gpa: int, buffer: bytearray | memoryview) -> None:
         """Fill `buffer` with guest memory from physical address `gpa` on. Both are whole pages of 4096 bytes.
 
-        Many times as fast as a command for each. The deadline is that of each answer after the one before it.
+        Many times as fast as a command for each. The deadline is that of each answer after the one before it, and at
+        most doubled.
 
         :raise CommandError: the first refusal, when all answers to up to 1024 pages' commands were taken: the pages
             that were refused are zero, and what comes after these 1024 was not read.
@@ -236,7 +245,11 @@ class Session(RoundTrip):
             raise ValueError(f"{len(view)} bytes at {gpa:#x} are not whole pages of {PAGE_SIZE}")
         for start in range(0, len(view), MOST_PAGES * PAGE_SIZE):
             run = view[start : start + MOST_PAGES * PAGE_SIZE]
-            self._read_run(PageReads(self._connection, gpa + start, run))
+            if self._tap:
+                pages = range(gpa + start, gpa + start + len(run), PAGE_SIZE)
+                run[:] = b"".join(self.ask_all([messages.read_physical(page, PAGE_SIZE) for page in pages]))
+            else:
+                self._read_run(PageReads(self._connection, gpa + start, run))
 
     def write_physical(self, gpa: int, data: bytes) -> None:
         """Write guest memory at physical address `gpa`, within one 4096-byte page."""
@@ -342,20 +355,20 @@ class Session(RoundTrip):
                     unsent = unsent[self._send(unsent) :]
                 if ready & ~select.POLLOUT:
                     deadline = monotonic() + self.timeout
-                    self._receive_pages(reads)
+                    self._receive_pages(reads, 0 if unsent else self.timeout)
         finally:
             if reads.unanswered:
                 reads.leave()
         self._settle()
         reads.result()
 
-    def _receive_pages(self, reads: PageReads) -> None:
+    def _receive_pages(self, reads: PageReads, patience: float) -> None:
         if not reads.laid_out and not reads.resume():
             self._receive(0.0)
         else:
             try:
-                size = receive_pages(self._sock.fileno(), reads)
-            except BlockingIOError:
+                size = receive_pages(self._sock.fileno(), reads, int(min(patience, _FOREVER) * 1000))
+            except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
                 self._lost(error)
@@ -378,10 +391,10 @@ class Session(RoundTrip):
 
     def _next_event(self, timeout: float, received: bytes = b"") -> Event | None:
         deadline = monotonic() + timeout
-        if self._events:
-            return self._events.popleft()
         if received:
             self._feed(received)
+        if self._events:
+            return self._events.popleft()
         while True:
             while (message := self._connection.next_message()) is not None:
                 if isinstance(message, Event):
@@ -403,7 +416,8 @@ class Session(RoundTrip):
 
     def _receive(self, deadline: float) -> bool:
         """Feed the connection once; False when the deadline passed before there was anything."""
-        if not self._wait(select.POLLIN, deadline):
+        left = deadline - monotonic()
+        if not self._readable.poll(min(left, _FOREVER) * 1000 if left > 0 else 0):
             return False
         try:
             data = self._sock.recv(_CHUNK, socket.MSG_DONTWAIT)
@@ -411,6 +425,8 @@ class Session(RoundTrip):
             return True
         except OSError as error:
             self._lost(error)
+        if self._tap:
+            self._tap(False, data)
         self._feed(data)
         if not data:
             raise SessionClosed("the session has ended")
@@ -431,24 +447,29 @@ class Session(RoundTrip):
         connection = self._connection
         if connection.due is not None:
             self._due = connection.due
-            self._direct = not self._events and not connection.pending and connection.dialect is V6
+            nothing_left = not self._events and not connection.pending
+            self._direct = nothing_left and connection.dialect is V6 and self._tap is None
 
     def _send(self, data: bytes | memoryview) -> int:
         """Send what the socket takes now; how many bytes that was."""
         try:
-            return self._sock.send(data, _SEND)
+            sent = self._sock.send(data, _SEND)
         except BlockingIOError:
             return 0
         except OSError as error:
             self._lost(error)
+        if self._tap:
+            self._tap(True, bytes(data[:sent]))
+        return sent
 
     def _wait(self, events: int, deadline: float) -> int:
         """Wait for poll's `events`: those that are there, 0 when the deadline passed before there was any."""
         if self.closed:
             raise SessionClosed("the session has ended")
-        self._poll.register(self._sock, events)
+        poll = select.poll()
+        poll.register(self._sock, events)
         left = min(max(0.0, deadline - monotonic()), _FOREVER)
-        ready = self._poll.poll(left * 1000)
+        ready = poll.poll(left * 1000)
         return ready[0][1] if ready else 0
 
     def _lost(self, error: OSError) -> NoReturn:

@@ -251,25 +251,29 @@ class Vm:
         try:
             run(session, watch.begin())
             yield watch
-            while (event := self._next(watch, deadline)) is not None:
-                self._waiting = event
+            next_event, plain = session.next_event, watch.plain
+            while True:
+                # Most events need no sorting: no plan is made for them.
+                event = next_event() if deadline is None and watch.undisturbed else None
+                if event is None or event.event not in plain:
+                    event = self._next(watch, event, deadline)
+                    if event is None:
+                        return
+                self._waiting = event = WatchedEvent.of(event)
                 yield event
                 self._waiting = None
-                if event.answer is None and event.event in watch.plain:
+                if event.answer is None and event.event in plain:
                     session.reply(event)
                 else:
                     run(session, watch.answer(event))
         finally:
             self._unwatch()
 
-    def _next(self, watch: Watch, deadline: float | None) -> WatchedEvent | None:
-        left = None if deadline is None else max(0.0, deadline - monotonic())
-        if watch.undisturbed:
-            # Most events need no sorting: no plan is made for them.
-            event = self.session.next_event(left)
-            if event is not None and (event.event in watch.plain or run(self.session, watch.sort(event))):
-                return WatchedEvent.of(event)
-        return run(self.session, watch.next(left))
+    def _next(self, watch: Watch, event: Event | None, deadline: float | None) -> Event | None:
+        """The next event for the loop: `event`, if that is one."""
+        if event is not None and run(self.session, watch.sort(event)):
+            return event
+        return run(self.session, watch.next(None if deadline is None else max(0.0, deadline - monotonic())))
 
     def _unwatch(self) -> None:
         watch, self._watch = self._watch, None

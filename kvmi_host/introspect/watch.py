@@ -53,7 +53,7 @@ class WatchedEvent(Event):
     @staticmethod
     def of(event: Event) -> WatchedEvent:
         """An event, which waits from now on."""
-        return tuple.__new__(_watched(type(event)), event)
+        return _new_tuple(_watched_as.get(type(event)) or _watched(type(event)), event)
 
     def reply(
         self,
@@ -75,14 +75,14 @@ class WatchedEvent(Event):
         self.registers_to_set = registers
 
 
+_new_tuple = tuple.__new__
 _watched_as: dict[type[Event], type[WatchedEvent]] = {Event: WatchedEvent}
 
 
 def _watched(kind: type[Event]) -> type[WatchedEvent]:
     """The class for events that a dialect lays out its own way."""
-    if kind not in _watched_as:
-        _watched_as[kind] = type(f"Watched{kind.__name__}", (WatchedEvent, kind), {})
-    return _watched_as[kind]
+    watched = _watched_as[kind] = type(f"Watched{kind.__name__}", (WatchedEvent, kind), {})
+    return watched
 
 
 class Watch:
@@ -90,6 +90,7 @@ class Watch:
 
     :ivar plain: kinds of events of which each is for whoever watches, and answered as it says: there is no need to go
         through :meth:`sort` and :meth:`answer` with them.
+    :ivar steps: whether SINGLESTEP events are wanted for themselves.
     :ivar unhooked: whether the host has asked for the session's end.
     :ivar stopped: set it, and :meth:`next` finds no more events.
     """
@@ -101,6 +102,7 @@ class Watch:
         self._interests = tuple(interests)
         self._kinds = frozenset(interest.event for interest in self._interests)
         self.plain = self._kinds - _NEEDS_SORTING
+        self.steps = EventId.SINGLESTEP in self._kinds
         self._breakpoints = Breakpoints(hold)
         self._pages = _pages(interest for interest in self._interests if isinstance(interest, PageWatch))
         self._vm_events = set(self._kinds & VM_EVENTS)
@@ -167,7 +169,7 @@ class Watch:
         """Whether the next event is the next one that comes, and nothing else is to be seen to."""
         return not (self.stopped or self._hold.kept or self._not_started or self._breakpoints.stepping is not None)
 
-    def next(self, timeout: float | None) -> Plan[WatchedEvent | None]:
+    def next(self, timeout: float | None) -> Plan[Event | None]:
         """The next event for whoever watches.
 
         :param timeout: seconds to wait for one.
@@ -185,7 +187,7 @@ class Watch:
             elif self._has_to_wait(event):
                 self._hold.kept.append(event)
             elif (yield from self.sort(event)):
-                return WatchedEvent.of(event)
+                return event
         return None
 
     def sort(self, event: Event) -> Plan[bool]:
@@ -199,7 +201,7 @@ class Watch:
         elif kind == EventId.PAUSE_VCPU and (yield from self._hold.take(event)):
             return False
         elif kind == EventId.SINGLESTEP and event.vcpu == self._breakpoints.stepping:
-            yield from self._breakpoints.stepped(event, EventId.SINGLESTEP in self._kinds)
+            yield from self._breakpoints.stepped(event, self.steps)
             yield Reply(event)
             return False
         ours = self._is_ours(event)
@@ -211,9 +213,11 @@ class Watch:
             yield Reply(event)
         return False
 
-    def answer(self, event: WatchedEvent) -> Plan[None]:
+    def answer(self, event: Event) -> Plan[None]:
         """Answer an event that was handed out."""
-        answer, registers = event.answer or Reply(event), event.registers_to_set
+        answer, registers = Reply(event), None
+        if isinstance(event, WatchedEvent):
+            answer, registers = event.answer or answer, event.registers_to_set
         if answer.action == Action.CONTINUE and self._is_ours(event):
             if registers is not None:
                 yield from ask(messages.set_registers(event.vcpu, registers))

@@ -13,6 +13,7 @@
     |   +-- SessionTimeout      a deadline passed: the peer is stuck or slow
     +-- HostError               (kvmi_host.host) this host cannot do it until someone changes the host
     +-- AttachError             (kvmi_host.attach) this VM cannot be attached to
+    +-- RecordingError          (kvmi_host.recording) a recording cannot be written or read
     +-- ConfigError             (kvmi_host.agent) the agent's configuration cannot be used: change the file
     +-- ProvisionError          (kvmi_host.provision) libvirt or the SSH way to it refused
 

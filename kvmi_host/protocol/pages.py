@@ -41,7 +41,7 @@ class PageReads:
 
     :ivar commands: the bytes to send, whole.
     :ivar laid_out: which mode it is in.
-    :ivar heads: where the heads of the answers go, 16 bytes each.
+    :ivar heads: where the heads of the answers go, HEAD bytes each; ``expected`` is what they have to be.
     :ivar pages: where the pages go.
     :ivar at: how much of the layout was received.
     """
@@ -65,7 +65,7 @@ class PageReads:
         self.commands = memoryview(commands).cast("B")
         self.pages = pages
         self.heads = memoryview(bytearray(HEAD * count))
-        self._expected = memoryview(expected).cast("B")
+        self.expected = memoryview(expected).cast("B")
         self.at = 0
         self._checked = 0  # heads that are as they have to be
         self._taken = 0  # answers that came by message, or were laid out before
@@ -133,7 +133,7 @@ class PageReads:
             return False
         page, rest = self._taken, self._connection.withdraw()
         head, data = rest[:HEAD], rest[HEAD:]
-        if head != self._expected[page * HEAD : page * HEAD + len(head)]:
+        if head != self.expected[page * HEAD : page * HEAD + len(head)]:
             self._connection.receive_data(rest)
             return False
         self.heads[page * HEAD : page * HEAD + len(head)] = head
@@ -158,7 +158,7 @@ class PageReads:
         return range(first, first + (len(self._seqs) << 32), 1 << 32)
 
     def _good_heads(self, start: int, end: int) -> bool:
-        return self.heads[HEAD * start : HEAD * end] == self._expected[HEAD * start : HEAD * end]
+        return self.heads[HEAD * start : HEAD * end] == self.expected[HEAD * start : HEAD * end]
 
     def _leave(self, page: int) -> None:
         """What came from `page` on is the connection's; all before was good."""

@@ -4,7 +4,6 @@ puppet guest, whose memory is shared, so that it takes no session to make it do 
 
 from __future__ import annotations
 
-import mmap
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from kvmi_host.introspect import Session
 from kvmi_host.protocol import Access, Action, msr_index
 from kvmi_host.testing.differential.steps import Deed, Driver
 from kvmi_host.testing.live import DEADLINE, LiveError, LiveGuest, hook_socket
+from kvmi_host.testing.memory import SharedMemory
 from kvmi_host.testing.peer import Reply, SimulatedKernel
 from kvmi_host.testing.puppet import Puppet, address, page
 
@@ -128,28 +128,6 @@ class _SimulatedGuest:
         if deed is Deed.LSTAR:
             return _MSR.pack(_LSTAR, self._value - 0x1000, self._value)
         return bytes(_PLAIN_OWN[deed])
-
-
-class SharedMemory:
-    """Guest memory that is a file, read and written as a session does it."""
-
-    waiting = 0
-
-    def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), 0)
-
-    def read_physical(self, gpa: int, size: int) -> bytes:
-        """`size` bytes at physical address `gpa`."""
-        return self._memory[gpa : gpa + size]
-
-    def write_physical(self, gpa: int, data: bytes) -> None:
-        """Write `data` at physical address `gpa`."""
-        self._memory[gpa : gpa + len(data)] = data
-
-    def next_event(self, _timeout: float) -> None:
-        """There are no events here."""
-        return
 
 
 class LiveSide:

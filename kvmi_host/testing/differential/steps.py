@@ -22,6 +22,7 @@ _COMMON = struct.Struct("<BBHI")
 _ERROR = struct.Struct("<i4x")
 _NEW_VALUE = struct.Struct("<Q")
 _PAGE_FAULT = bytes(272)
+"""A reply's own data that has the access emulated."""
 _BARRIER = 0xFFFF
 """No command. Its refusal comes even while answers are off, and after those of all before it that one thread gives."""
 _POLL = 0.01
@@ -124,7 +125,7 @@ class Driver:
 
     def __init__(self, sock: socket.socket, guest: Guest, deadline: float) -> None:
         """
-        :param sock: of a session whose other end is the kernel. It is the driver's from now on.
+        :param sock: of a session whose other end is the kernel.
         :param deadline: seconds that anything may take.
         """
         sock.setblocking(False)
@@ -137,10 +138,6 @@ class Driver:
         self._seq = 0
         self._came: list[Frame] = []
         self._barriers: list[int] = []
-
-    def close(self) -> None:
-        """End the session."""
-        self._sock.close()
 
     def carry_out(self, step: Step, expected: Seen | None = None) -> Seen:
         """Do a step.

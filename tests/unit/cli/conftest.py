@@ -19,8 +19,8 @@ def kernel(monkeypatch):
     ours, kernels = socket.socketpair()
     with kernels, SimulatedKernel(kernels, vcpus=2) as simulated:
 
-        def attach(vm, **settings):
-            return Vm(Session(ours, peer=PEER, timeout=5))
+        def attach(vm, *, tap=None, **settings):
+            return Vm(Session(ours, peer=PEER, timeout=5, tap=tap))
 
         monkeypatch.setattr(kvmi_host, "attach", attach)
         yield simulated

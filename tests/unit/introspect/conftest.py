@@ -18,7 +18,7 @@ def form(request, monkeypatch) -> str:
         monkeypatch.setattr(Session, "reply", Session._reply)
         monkeypatch.setattr(Session, "next_event", _next_event)
         monkeypatch.setattr(async_session.AsyncSession, "reply", async_session.AsyncSession._reply)
-        monkeypatch.setattr(session, "receive_pages", lambda fd, reads: os.readv(fd, reads.room()))
+        monkeypatch.setattr(session, "receive_pages", lambda fd, reads, milliseconds: os.readv(fd, reads.room()))
         monkeypatch.setattr(async_session, "event_in", lambda data, size: None)
     return request.param
 

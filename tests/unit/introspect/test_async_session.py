@@ -149,6 +149,17 @@ async def test_no_event_in_time_is_none_and_not_an_error():
 
 
 @in_a_loop
+async def test_each_wait_has_its_own_deadline():
+    async with pair(timeout=DEADLINE * 10) as (kernel, session):
+        for timeout in (0.1, None):
+            replies = kernel.fire(EventId.HYPERCALL)
+            session.reply(await session.next_event(timeout))
+            next_reply(replies)
+        assert await session.next_event(0.01) is None
+        assert await session.next_event(0.02) is None
+
+
+@in_a_loop
 async def test_an_event_that_is_there_is_seen_by_who_only_looks():
     async with pair() as (kernel, session):
         kernel.fire(EventId.HYPERCALL)

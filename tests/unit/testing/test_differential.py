@@ -116,3 +116,9 @@ def test_an_event_that_should_not_come_is_found(monkeypatch: pytest.MonkeyPatch)
     script = script._replace(seen=carried_out(script, SIMULATED))
     monkeypatch.setattr(peer.SimulatedKernel, "enabled", lambda *_: True)
     assert "hypercall of 544" in (disagreement(script, SIMULATED, SIMULATED) or "")
+
+
+def test_commands_of_the_simulated_kernel_are_those_of_the_kernel_part(pair) -> None:
+    _, session = pair()
+    absent = {Command.CONTROL_VE, Command.GET_MAP_TOKEN, *range(Command.CONTROL_SPP, Command.SET_PAGE_WRITE_BITMAP + 1)}
+    assert {c for c in Command if not session.check_command(c)} == absent | {Command.EVENT_REPLY, Command.EVENT}
