@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import monotonic, perf_counter
 
 from kvmi_host.agent import logs
@@ -55,7 +55,7 @@ class Attendant:
         self._counts = self._metrics.session_begins(name)
         try:
             session = await MeteredSession.open(sock, peer=self.peer, timeout=COMMAND_SECONDS)
-            session.counts, session.handling = self._counts, self._metrics.handling
+            session.handling = self._metrics.handling
             async with AsyncVm(session) as self._vm:
                 await self._serve(self._vm)
             _log.info("detached", extra={"why": "the host asked for it" if self._vm.unhooked else "the agent is done"})
@@ -165,12 +165,17 @@ class Attendant:
 
 
 class _CountedHandlers(Handlers[AsyncHandler]):
-    """Handlers whose exceptions are counted."""
+    """Handlers whose events and exceptions are counted."""
 
     def __init__(self, metrics: Metrics, counts: VmCounts) -> None:
         super().__init__()
         self._metrics = metrics
         self._counts = counts
+
+    def of(self, event: Event) -> Sequence[AsyncHandler]:
+        """The functions for an event, in the order they were added."""
+        self._counts.events[event.event] += 1
+        return super().of(event)
 
     def failed(self, handler: AsyncHandler, event: Event) -> None:
         """Report the exception that a handler raises, in its except clause."""

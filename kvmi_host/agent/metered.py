@@ -1,56 +1,53 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A session whose events are counted, and timed from their arrival until they are answered: as long as the guest's vCPU
-waits for this process."""
+"""A session that measures how long a vCPU waits for this process: from an event's arrival until it is answered.
+
+One in so many events is timed: what is done for each of them, guests wait for.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from time import perf_counter
+from typing import Any
 
-from kvmi_host.agent.metrics import Histogram, VmCounts
+from kvmi_host.agent.metrics import Histogram
 from kvmi_host.introspect.async_session import AsyncSession
-from kvmi_host.protocol import Action, Event, PageFaultReply
+from kvmi_host.protocol import Action, Event
+
+EVERY = 16
+"""Of so many receptions, the last event of one is timed; the first one is."""
 
 
 class MeteredSession(AsyncSession):
-    """Set :attr:`counts` and :attr:`handling` before events are taken."""
+    """Set :attr:`handling` before events are taken."""
 
-    counts: VmCounts
     handling: Histogram
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The transport is there."""
         super().connection_made(transport)
-        self._arrivals: deque[float] = deque()  # of the events that wait to be taken
-        self._taken: dict[int, float] = {}  # arrivals of those that are not answered, by vCPU: each waits with one
+        self._until_timed = 1
+        self._timed = 0
+        self._arrived = 0.0
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes came."""
-        before = self.waiting
+        self._until_timed -= 1
+        if self._until_timed:
+            super().buffer_updated(nbytes)
+            return
+        before, now = len(self._events), perf_counter()
         super().buffer_updated(nbytes)
-        if came := self.waiting - before:
-            now = perf_counter()
-            for _ in range(came):
-                self._arrivals.append(now)
+        if len(self._events) > before:
+            self._until_timed = EVERY
+            self._timed, self._arrived = self._events[-1].seq, now
+            # In the place of the class's, which is compiled, until that event is answered.
+            self.reply = self._timed_reply  # type: ignore[method-assign]
+        else:  # these were answers: the next reception, then
+            self._until_timed = 1
 
-    async def next_event(self, timeout: float | None = None) -> Event | None:
-        """As the others' one."""
-        event = await super().next_event(timeout)
-        if event is not None:
-            self._taken[event.vcpu] = self._arrivals.popleft()
-            self.counts.events[event.event] += 1
-        return event
-
-    def reply(
-        self,
-        event: Event,
-        action: int = Action.CONTINUE,
-        *,
-        new_val: int | None = None,
-        page_fault: PageFaultReply | None = None,
-    ) -> None:
-        """As the others' one."""
-        super().reply(event, action, new_val=new_val, page_fault=page_fault)
-        if arrival := self._taken.pop(event.vcpu, None):
-            self.handling.observe(perf_counter() - arrival)
+    def _timed_reply(self, event: Event, action: int = Action.CONTINUE, **more: Any) -> None:
+        super().reply(event, action, **more)
+        if event.seq == self._timed:
+            self.handling.observe(perf_counter() - self._arrived)
+            del self.reply

@@ -80,7 +80,8 @@ class VmCounts:
 class Metrics(Collector):
     """All of them. A collector of :mod:`prometheus_client`.
 
-    :ivar handling: from an event's arrival until it was answered.
+    :ivar handling: from an event's arrival until it was answered: of some events, see
+        :mod:`~kvmi_host.agent.metered`.
     :ivar round_trips: of GET_VERSION: there, the kernel's receiving thread, and back.
     """
 
@@ -111,7 +112,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry."""
-        events = CounterMetricFamily("kvmi_events", "Events received.", labels=["vm", "kind"])
+        events = CounterMetricFamily("kvmi_events", "Events that handlers were called with.", labels=["vm", "kind"])
         handler_errors = CounterMetricFamily("kvmi_handler_errors", "Exceptions of handlers.", labels=["vm"])
         for vm, counts in self._vms.items():
             for kind, count in counts.events.items():
@@ -126,5 +127,5 @@ class Metrics(Collector):
         for trouble in Trouble:
             errors.add_metric([trouble], self.errors[trouble])
         yield errors
-        yield self.handling.family("kvmi_event_seconds", "From an event's arrival until it was answered.")
+        yield self.handling.family("kvmi_event_seconds", "From an event's arrival until it was answered; some events.")
         yield self.round_trips.family("kvmi_round_trip_seconds", "Round trip of the command GET_VERSION.")
