@@ -108,7 +108,7 @@ def _watch(
     def carry_out(plan: Plan[T]) -> T:
         return run(session, plan, heard)
 
-    steering = Steering(hold, facts, carry_out, watch.steps)
+    steering = Steering(hold, facts, carry_out)
 
     def ended() -> str:
         steering.press(view.poll(steering.situation))

@@ -20,15 +20,13 @@ class Steering:
     :ivar quit: whether it was asked to leave.
     """
 
-    def __init__(self, hold: Hold, facts: Facts, carry_out: Callable[[Plan[object]], object], steps: bool) -> None:
+    def __init__(self, hold: Hold, facts: Facts, carry_out: Callable[[Plan[object]], object]) -> None:
         """
         :param carry_out: carries a plan out.
-        :param steps: SINGLESTEP events are watched anyway.
         """
         self.quit = False
         self._hold = hold
         self._carry_out = carry_out
-        self._steps = steps
         self._paused = False
         self._may_pause = _may(facts, Command.PAUSE_VCPU, EventId.PAUSE_VCPU)
         self._may_step = self._may_pause and _may(facts, Command.CONTROL_EVENTS, EventId.SINGLESTEP)
@@ -78,7 +76,7 @@ class Steering:
         elif key == _NEXT_KEY and self._vcpus:
             self._vcpu = (self._vcpu + 1) % self._vcpus
         elif key == _STEP_KEY and self._may_step and self._vcpu in self._hold.held:
-            self._carry_out(self._hold.step(self._vcpu, self._steps))
+            self._carry_out(self._hold.step(self._vcpu))
 
 
 def _may(facts: Facts, command: int, event: int) -> bool:

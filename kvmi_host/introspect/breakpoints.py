@@ -74,18 +74,15 @@ class Breakpoints:
         yield from ask_all(_switch(data.gpa, self._originals[data.gpa], event.vcpu, True))
         yield Reply(event, Action.RETRY)
 
-    def stepped(self, event: Event, keep_stepping: bool) -> Plan[None]:
-        """The step is made: put the breakpoint in again, and let all go on.
-
-        :param keep_stepping: SINGLESTEP events are wanted for themselves.
-        """
+    def stepped(self, event: Event) -> Plan[None]:
+        """The step is made: put the breakpoint in again, and let all go on."""
         assert self._over is not None
         over, self.stepping, self._over = self._over, None, None
         data = over.data
         assert isinstance(data, BreakpointHit)
         if (yield from _came_between(over, event)):
             self._interrupted[over.vcpu] = (over.registers.rip, over.registers.rsp)
-        yield from ask_all(_switch(data.gpa, _INT3, over.vcpu, keep_stepping))
+        yield from ask_all(_switch(data.gpa, _INT3, over.vcpu, self._hold.keep_stepping))
         yield from self._hold.resume()
 
 

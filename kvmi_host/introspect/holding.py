@@ -20,10 +20,12 @@ class Hold:
     """Which vCPUs of a session are held, and with what.
 
     :ivar kept: events that came while others were awaited, in order, not answered.
+    :ivar keep_stepping: SINGLESTEP events are wanted for themselves: they stay on when a step has ended.
     """
 
     def __init__(self) -> None:
         self.kept: deque[Event] = deque()
+        self.keep_stepping = False
         self._held: dict[int, Event] = {}
         self._owed: Counter[int] = Counter()
         self._depth = 0
@@ -90,10 +92,9 @@ class Hold:
         """Whether there are pauses to come that were asked for here."""
         return self._owed.total() > 0
 
-    def step(self, vcpu: int, keep_stepping: bool = False) -> Plan[Event]:
+    def step(self, vcpu: int) -> Plan[Event]:
         """Let a held vCPU execute one instruction, or take one interrupt.
 
-        :param keep_stepping: SINGLESTEP events are wanted for themselves: they stay on.
         :return: the event that it waits with now: SINGLESTEP, or another that the instruction made. That one is in
             :attr:`kept`, for whoever asked for such events.
         :raise ValueError: the vCPU is not held.
@@ -106,7 +107,7 @@ class Hold:
         yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, True))
         yield Reply(self._held.pop(vcpu))
         event = yield from self._event_of(vcpu)
-        if not keep_stepping:
+        if not self.keep_stepping:
             yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, False))
         if event is None:
             yield from self._stop([vcpu])

@@ -44,6 +44,7 @@ from kvmi_host.protocol import (
     VcpuState,
     msr_index,
 )
+from kvmi_host.protocol.messages import PAGE_SIZE
 
 Handler = Callable[[WatchedEvent], None]
 
@@ -63,6 +64,8 @@ class Memory:
         :raise NotMapped: a linear address leads nowhere.
         :raise CommandError: there is no memory.
         """
+        if self._locate is ranges.physical and size > PAGE_SIZE:
+            return self._read_pages(address, size)
         return run(self._session, ranges.read(self._locate, address, size))
 
     def write(self, address: int, data: bytes) -> None:
@@ -72,6 +75,13 @@ class Memory:
         :raise CommandError: there is no memory, or the session may not change the guest.
         """
         run(self._session, ranges.write(self._locate, address, data))
+
+    def _read_pages(self, address: int, size: int) -> bytes:
+        """The same, by whole pages, which are received where they belong."""
+        before = address % PAGE_SIZE
+        pages = bytearray(-(-(before + size) // PAGE_SIZE) * PAGE_SIZE)
+        self._session.read_pages(address - before, pages)
+        return bytes(memoryview(pages)[before : before + size])
 
     def __getitem__(self, key: slice) -> bytes:
         return self.read(*ranges.span(key))

@@ -90,7 +90,6 @@ class Watch:
 
     :ivar plain: kinds of events of which each is for whoever watches, and answered as it says: there is no need to go
         through :meth:`sort` and :meth:`answer` with them.
-    :ivar steps: whether SINGLESTEP events are wanted for themselves.
     :ivar unhooked: whether the host has asked for the session's end.
     :ivar stopped: set it, and :meth:`next` finds no more events.
     """
@@ -102,7 +101,6 @@ class Watch:
         self._interests = tuple(interests)
         self._kinds = frozenset(interest.event for interest in self._interests)
         self.plain = self._kinds - _NEEDS_SORTING
-        self.steps = EventId.SINGLESTEP in self._kinds
         self._breakpoints = Breakpoints(hold)
         self._pages = _pages(interest for interest in self._interests if isinstance(interest, PageWatch))
         self._vm_events = set(self._kinds & VM_EVENTS)
@@ -118,6 +116,7 @@ class Watch:
         :raise CommandError: an event or command is not allowed, or not there.
         :raise NotMapped: there is no instruction where a breakpoint is to be.
         """
+        self._hold.keep_stepping = EventId.SINGLESTEP in self._kinds
         if (yield from allowed(messages.check_event(EventId.UNHOOK))):
             self._vm_events.add(EventId.UNHOOK)  # so that detach can ask us
         for kind in sorted(self._vm_events):
@@ -134,6 +133,7 @@ class Watch:
 
         :param waiting: an event that was handed out and is not answered.
         """
+        self._hold.keep_stepping = False
         yield from _attempt(self._breakpoints.remove())
         yield from _attempt(self._breakpoints.stop_stepping())
         for vcpu in sorted(self._watched):
@@ -201,7 +201,7 @@ class Watch:
         elif kind == EventId.PAUSE_VCPU and (yield from self._hold.take(event)):
             return False
         elif kind == EventId.SINGLESTEP and event.vcpu == self._breakpoints.stepping:
-            yield from self._breakpoints.stepped(event, self.steps)
+            yield from self._breakpoints.stepped(event)
             yield Reply(event)
             return False
         ours = self._is_ours(event)
