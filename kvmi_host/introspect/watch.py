@@ -115,7 +115,9 @@ class Watch:
 
         :raise CommandError: an event or command is not allowed, or not there.
         :raise NotMapped: there is no instruction where a breakpoint is to be.
+        :raise UnsupportedDialect: the kernel numbers its messages otherwise.
         """
+        yield from ask(messages.get_version())  # which tells how events are to be read
         self._hold.keep_stepping = EventId.SINGLESTEP in self._kinds
         if (yield from allowed(messages.check_event(EventId.UNHOOK))):
             self._vm_events.add(EventId.UNHOOK)  # so that detach can ask us

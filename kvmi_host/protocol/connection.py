@@ -3,7 +3,7 @@
 
 Theory of operation: feed what the socket gives to :meth:`Connection.receive_data`, then take messages from
 :meth:`Connection.next_message` until it has none; send what :meth:`Connection.command` and :meth:`Connection.reply`
-return, whole and in order. Two rules follow from how the kernel end works:
+return, whole and in order. Four rules follow from how the kernel end works:
 
 - events and answers come interleaved: an event may arrive while an answer is awaited, and a vCPU that waits for a reply
   goes on serving commands;

@@ -54,7 +54,7 @@ static void round_trip(int fd, struct cr_event *event)
 		errx(1, "a reply that is none to event %u", event->header.seq);
 }
 
-/* Say yes to whatever comes before the end of the preparations: to watch CR3 of the one vCPU. */
+/* Say yes to what comes until CR3 of the one vCPU is watched. The version of the interface is 1, too. */
 static void be_watched(int fd)
 {
 	struct kvmi_msg_hdr header;
@@ -66,7 +66,8 @@ static void be_watched(int fd)
 		if (receive(fd, &header, sizeof(header), sizeof(header)) != sizeof(header) ||
 		    header.size > sizeof(payload) || receive(fd, payload, header.size, header.size) != header.size)
 			errx(1, "the introspector closed before it watched anything");
-		size_t size = header.id == KVMI_GET_GUEST_INFO ? sizeof(answer.info) : 0;
+		size_t size = header.id == KVMI_GET_GUEST_INFO ? sizeof(answer.info) :
+			      header.id == KVMI_GET_VERSION ? sizeof(struct kvmi_get_version_reply) : 0;
 
 		answer.header = (struct kvmi_msg_hdr){ header.id, sizeof(answer.error) + size, header.seq };
 		send_all(fd, &answer, sizeof(answer.header) + answer.header.size);
