@@ -169,7 +169,7 @@ class PageReads:
 
 
 def _headers(distance: int, seqs: array[int], size: int) -> memoryview:
-    """The headers of messages of `size` bytes with these seqs, `distance` bytes from one to the next; the rest is zero."""
+    """The headers of messages of `size` bytes with these seqs, `distance` bytes from one to the next; zeros between."""
     view = memoryview(bytearray(distance * len(seqs)))
     words, step = view.cast("I"), distance // 4
     words[0::step] = array("I", [Command.READ_PHYSICAL | (size - HEADER.size) << 16]) * len(seqs)
