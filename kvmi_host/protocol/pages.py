@@ -16,7 +16,6 @@ The two modes, and what moves between them::
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 
 from kvmi_host.protocol.connection import Answer, Connection
 from kvmi_host.protocol.errors import CommandError
@@ -31,7 +30,7 @@ HEAD = HEADER.size + 8
 """Bytes before the page in a good answer: message header and error code."""
 ANSWER = HEAD + PAGE_SIZE
 """Bytes of a good answer."""
-_RANGE = 16  # a command's payload: address and size
+_COMMAND = HEADER.size + 16  # its payload is an address and a size
 _AT_ONCE = 16  # pages received with one call; more are slower, for their places have to be listed
 _decode = read_physical(0, PAGE_SIZE).decode
 
@@ -55,17 +54,14 @@ class PageReads:
         count = len(pages) // PAGE_SIZE
         self._connection = connection
         self._seqs = connection.take_seqs(count)
-        # A command is three words of 8 bytes: header, address, size. A head is two: header, error code.
-        commands = array("Q", bytes(3 * 8 * count))
-        commands[0::3] = array("Q", self._headers(_RANGE))
-        commands[1::3] = array("Q", range(gpa, gpa + len(pages), PAGE_SIZE))
-        commands[2::3] = array("Q", [PAGE_SIZE]) * count
-        expected = array("Q", bytes(HEAD * count))
-        expected[0::2] = array("Q", self._headers(ANSWER - HEADER.size))
-        self.commands = memoryview(commands).cast("B")
+        numbers = array("I", self._seqs)
+        self.commands = _headers(_COMMAND, numbers, _COMMAND)
+        ranges = self.commands.cast("Q")  # a header, an address and a size, of 8 bytes each
+        ranges[1::3] = array("Q", range(gpa, gpa + len(pages), PAGE_SIZE))
+        ranges[2::3] = array("Q", [PAGE_SIZE]) * count
+        self.expected = _headers(HEAD, numbers, ANSWER)
         self.pages = pages
         self.heads = memoryview(bytearray(HEAD * count))
-        self.expected = memoryview(expected).cast("B")
         self.at = 0
         self._checked = 0  # heads that are as they have to be
         self._taken = 0  # answers that came by message, or were laid out before
@@ -152,11 +148,6 @@ class PageReads:
         if self._refused:
             raise self._refused[1]
 
-    def _headers(self, size: int) -> Iterable[int]:
-        """The header of each message, of `size` bytes, as a number of 8 bytes."""
-        first = int.from_bytes(HEADER.pack(Command.READ_PHYSICAL, size, self._seqs.start), "little")
-        return range(first, first + (len(self._seqs) << 32), 1 << 32)
-
     def _good_heads(self, start: int, end: int) -> bool:
         return self.heads[HEAD * start : HEAD * end] == self.expected[HEAD * start : HEAD * end]
 
@@ -175,3 +166,12 @@ class PageReads:
     def _by_message(self) -> None:
         self.laid_out = False
         self._connection.expect(Command.READ_PHYSICAL, self._seqs[self._taken :])
+
+
+def _headers(distance: int, seqs: array[int], size: int) -> memoryview:
+    """The headers of messages of `size` bytes with these seqs, `distance` bytes from one to the next; zeros between."""
+    view = memoryview(bytearray(distance * len(seqs)))
+    words, step = view.cast("I"), distance // 4
+    words[0::step] = array("I", [Command.READ_PHYSICAL | (size - HEADER.size) << 16]) * len(seqs)
+    words[1::step] = seqs
+    return view
