@@ -104,8 +104,6 @@ class Attendant:
 
     async def _serve(self, vm: AsyncVm) -> None:
         version = await vm.session.ask(messages.get_version())
-        if version.dialect == "v12":
-            raise ProtocolError("the kernel speaks dialect v12, whose messages have other numbers")
         # The VM's side says what the session may do a moment after KVM has begun to speak.
         settled_at = monotonic() + _SETTLING_SECONDS
         for request in (messages.check_command(messages.guest_info().command), messages.check_event(EventId.UNHOOK)):

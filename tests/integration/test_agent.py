@@ -8,10 +8,12 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -47,6 +49,18 @@ def hypercall(kernel: SimulatedKernel, vcpu: int = 0) -> int:
     reply = next_reply(kernel.fire(EventId.HYPERCALL, vcpu), 20)
     assert reply
     return reply.action
+
+
+def install(folder: Path, points: dict[str, str], **modules: str) -> str:
+    """Make a distribution with these entry points and modules; the PYTHONPATH that has it."""
+    info = folder / "site/handlers-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: handlers\nVersion: 1.0\n")
+    lines = [f"{name} = {place}\n" for name, place in points.items()]
+    (info / "entry_points.txt").write_text("".join(["[kvmi_host.handlers]\n", *lines]))
+    for name, source in modules.items():
+        (folder / f"site/{name}.py").write_text(source)
+    return f"{folder}/site:{Path(kvmi_host.__file__).parents[1]}"
 
 
 # -- a VM's life
@@ -106,18 +120,14 @@ def test_unhook_is_cleaned_up_after_and_the_agent_goes_on(agent: StartAgent) -> 
 
 
 def test_a_handler_that_raises_is_reported_and_the_guest_goes_on(agent: StartAgent, tmp_path: Path) -> None:
-    info = tmp_path / "site/buggy-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: buggy\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[kvmi_host.handlers]\nbuggy = buggy:plugin\n")
-    (tmp_path / "site/buggy.py").write_text(
+    source = (
         "from kvmi_host.introspect import HYPERCALL\n"
         "def plugin(options):\n"
         "    async def handle(event):\n"
         "        raise LookupError(options['why'])\n"
         "    return lambda vm: vm.on(HYPERCALL)(handle)\n"
     )
-    path = f"{tmp_path}/site:{Path(kvmi_host.__file__).parents[1]}"
+    path = install(tmp_path, {"buggy": "buggy:plugin"}, buggy=source)
     process = agent('[[vms]]\nmatch = "*"\nhandlers.buggy.why = "a bug"\n', PYTHONPATH=path)
     with announced(process.socket) as kernel:
         kernel.await_enabled(EventId.HYPERCALL)
@@ -226,6 +236,23 @@ def test_the_configuration_can_be_checked_alone(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 1
     assert f"kvmi-host: {config}: log.level = 'loud': one of debug, info, warning, error" in run.stderr
+
+
+def test_the_configuration_and_the_handler_of_the_documentation_work(agent: StartAgent, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/agent.md").read_text()
+    config, entry_points = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (plugin,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (_, points), *_ = tomllib.loads(entry_points)["project"]["entry-points"].items()
+    path = install(tmp_path, points, spaces=plugin)
+    process = agent(config[config.index("[[vms]]") :], PYTHONPATH=path)
+    with announced(process.socket, "webserver") as kernel:
+        kernel.memory[0x2000:0x2008] = bytes(range(8))
+        kernel.await_enabled(EventId.CR)
+        own = struct.pack("<H6xQQ", 3, 0x1000, 0x2000)
+        for _ in range(2):
+            assert next_reply(kernel.fire(EventId.CR, own=own), 20)
+        process.says("address space", vm="webserver", root="0x2000", first_entry="0001020304050607")
+        assert sum('"address space"' in line for line in process.lines) == 1
 
 
 # -- without root
