@@ -9,12 +9,15 @@ A parser that is new gets a function here and a line in :data:`CHECKS`.
 
 from __future__ import annotations
 
+import io
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import MappingProxyType
 
 from kvmi_host.introspect.greeting import greet, introduce
+from kvmi_host.introspect.paging import NotMapped, PageTables, walk
+from kvmi_host.introspect.roundtrip import event_in
 from kvmi_host.protocol import (
     MAX_PAYLOAD,
     Action,
@@ -31,11 +34,14 @@ from kvmi_host.protocol import (
     messages,
 )
 from kvmi_host.protocol.dialects import V6, V7, Dialect
-from kvmi_host.protocol.events import encode_reply
+from kvmi_host.protocol.events import EVENT_SIZE, encode_reply
 from kvmi_host.protocol.framing import HEADER
+from kvmi_host.protocol.x86 import SREGS_SIZE, unpack_sregs
+from kvmi_host.recording import BadRecording, Note, read_recording
 from kvmi_host.testing.peer import SimulatedKernel
 
 _DIALECTS = (V6, V7)
+_COMPILED = event_in.__module__ != "kvmi_host.introspect.roundtrip"
 _DEADLINE = 5.0
 _MORE = b"\xee" * 5
 
@@ -154,8 +160,66 @@ def simulated_kernel(data: bytes) -> None:
         assert kernel.wait_ended(_DEADLINE)
 
 
+def recording(data: bytes) -> None:
+    """A file is read as a recording, as far as it goes."""
+    with suppress(BadRecording):
+        for item in read_recording(io.BytesIO(data)):
+            assert isinstance(item, Note) or len(item.data) <= len(data)
+
+
+def page_tables(data: bytes) -> None:
+    """A walk through page tables that are made of these bytes, over and over, ends at a page or at none."""
+    control = [1 << 31 if _byte(data, 0) & 1 else 0, _byte(data, 1) << 4 | _byte(data, 2) << 12, _byte(data, 3) << 10]
+    nothing = unpack_sregs(bytes(SREGS_SIZE))
+    tables = PageTables.of(nothing._replace(cr0=control[0], cr4=control[1], efer=control[2]), cr3=_byte(data, 4) << 12)
+    address = int.from_bytes(data[5:13], "little")
+    walking, entries = walk(tables, address), data[13:] or bytes(8)
+    try:
+        steps = [next(walking)]
+        while True:
+            assert len(steps) <= tables.levels
+            at = 8 * len(steps) % len(entries)
+            steps.append(walking.send([(entries[at:] + entries)[: tables.entry_size].ljust(tables.entry_size, b"\0")]))
+    except StopIteration as end:
+        there = end.value
+        assert there.gpa >> 52 == 0
+        assert not there.page_size or there.gpa % there.page_size == address % there.page_size
+    except NotMapped:
+        return
+
+
+def lone_event(data: bytes) -> None:
+    """The compiled round trip takes for an event that came alone just what a connection takes for one."""
+    compiled = event_in(memoryview(data), len(data))
+    kernel = Connection()
+    told: object = None
+    with suppress(ProtocolError):
+        kernel.receive_data(data)
+        told = kernel.next_message()
+    if compiled is not None:
+        assert isinstance(told, Event)
+        assert _read(compiled) == _read(told)
+        assert not kernel.pending
+    elif _COMPILED and isinstance(told, Event) and not kernel.pending and kernel.next_message() is None:
+        assert int.from_bytes(told.body[:2], "little") != EVENT_SIZE  # a newer kernel's
+
+
 CHECKS: Mapping[str, Callable[[bytes], None]] = MappingProxyType(
-    {check.__name__: check for check in (framing, connection, event, answer, hello, greeting, simulated_kernel)}
+    {
+        check.__name__: check
+        for check in (
+            framing,
+            connection,
+            event,
+            lone_event,
+            answer,
+            hello,
+            greeting,
+            simulated_kernel,
+            page_tables,
+            recording,
+        )
+    }
 )
 """By name, which is that of the folder with its corpus, too."""
 
