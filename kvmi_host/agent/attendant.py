@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Mapping, Sequence
 from time import monotonic, perf_counter
 
@@ -17,9 +16,6 @@ from kvmi_host.introspect import PeerInfo, SessionClosed, SessionError
 from kvmi_host.introspect.async_vm import AsyncHandler, AsyncVm
 from kvmi_host.introspect.handlers import Handlers
 from kvmi_host.protocol import CommandError, Event, EventId, KvmiError, ProtocolError, Request, event_name, messages
-
-COMMAND_SECONDS = 3.0
-"""The deadline of a command. ``kvmi-host detach`` insists after 5 s."""
 
 _SETTLING_SECONDS = 1.0
 _LOOK_AGAIN_SECONDS = 0.02
@@ -45,8 +41,8 @@ class Attendant:
         self._changed = False
         self._leaving = False
 
-    async def run(self, sock: socket.socket) -> None:
-        """Serve the VM at the other end of `sock`. Raises nothing: what goes wrong is logged and counted.
+    async def run(self, session: MeteredSession) -> None:
+        """Serve the VM. Raises nothing: what goes wrong is logged and counted.
 
         The guest goes on whatever happens, for the session is closed in the end.
         """
@@ -54,7 +50,6 @@ class Attendant:
         logs.VM.set(name)
         self._counts = self._metrics.session_begins(name)
         try:
-            session = await MeteredSession.open(sock, peer=self.peer, timeout=COMMAND_SECONDS)
             session.handling = self._metrics.handling
             async with AsyncVm(session) as self._vm:
                 await self._serve(self._vm)

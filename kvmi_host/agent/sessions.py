@@ -11,8 +11,12 @@ from uuid import UUID
 
 from kvmi_host.agent.attendant import Attendant
 from kvmi_host.agent.config import Config
+from kvmi_host.agent.metered import MeteredSession
 from kvmi_host.agent.metrics import Metrics
 from kvmi_host.introspect import PeerInfo
+
+COMMAND_SECONDS = 3.0
+"""The deadline of a command. ``kvmi-host detach`` insists after 5 s."""
 
 CLEAN_UP_SECONDS = 3.0
 """What a session has to undo what it did, before it is cut. QEMU waits 10 s for the answer to its handshake, and a
@@ -42,13 +46,19 @@ class Sessions:
         rule = self._config.rule_for(peer)
         attendant = Attendant(peer, rule.handlers if rule else {}, self._metrics)
 
-        async def attend() -> None:
+        async def open_session() -> MeteredSession:
             try:
                 await self._end(before)  # who came between make_room and now
-                await attendant.run(sock)
+                return await MeteredSession.open(sock, peer=peer, timeout=COMMAND_SECONDS)
+            except BaseException:
+                sock.close()
+                raise
+
+        async def attend() -> None:
+            try:
+                await attendant.run(await open_session())
             finally:
                 del self._running[attendant]
-                sock.close()
 
         self._running[attendant] = asyncio.create_task(attend())
 

@@ -297,7 +297,7 @@ async def test_a_vm_that_ends_is_no_error():
 
 @in_a_loop
 async def test_a_kernel_that_says_nothing_is_given_up(monkeypatch):
-    monkeypatch.setattr(attendant, "COMMAND_SECONDS", 0.05)
+    monkeypatch.setattr(sessions, "COMMAND_SECONDS", 0.05)
     async with house() as h:
         ours, kernels = socket.socketpair()
         with kernels:
