@@ -35,8 +35,8 @@ test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12|debug, CPU=amd|intel
 		$(if $(PAGING),-- --paging $(PAGING))
 
 .PHONY: bench
-bench: ## What exits and events cost, counted in instructions of an emulated host; figures in build/bench.json
-	@$(IN_ENVIRONMENT) kvmi-host bench
+bench: ## What exits and events cost in instructions of an emulated host, and how fast we answer; figures in build/bench.json
+	@$(IN_ENVIRONMENT) kvmi-host bench && python tests/bench/speed.py
 
 # What the hardware suite does shortly, for as long as it is told; SMP=2 for a box with two CPUs.
 SMP ?= 1
@@ -47,6 +47,11 @@ fuzz: MESSAGES ?= 200000
 fuzz: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
 fuzz: ## Fuzz the kernel part; MESSAGES=200000, SEED=number, K=harmless|anything choose what is sent
 	@$(CAMPAIGN) -k "test_fuzz and comes_through $(if $(K),and $(K))" -- --seed $(SEED) --messages $(MESSAGES)
+
+.PHONY: fuzz-parsers
+fuzz-parsers: MINUTES ?= 10
+fuzz-parsers: ## Fuzz what reads bytes here, messages and handshakes, for MINUTES=10; what is found goes to build/fuzz
+	@$(IN_ENVIRONMENT) ci/fuzz $$((60 * $(MINUTES)))
 
 .PHONY: storm
 storm: MINUTES ?= 5

@@ -13,7 +13,7 @@ from kvmi_host.attach.errors import (
 from kvmi_host.attach.handover import hand_over, run_with_session
 from kvmi_host.attach.policy import FULL, OBSERVE, Policy, command_id, event_id, policy_for
 from kvmi_host.attach.release import detach
-from kvmi_host.attach.session import Attached, Facts, attach
+from kvmi_host.attach.session import attach
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
 
@@ -23,8 +23,6 @@ __all__ = [
     "AlreadyHooked",
     "AttachError",
     "AttachRefused",
-    "Attached",
-    "Facts",
     "NoSuchVm",
     "NoVmDescriptor",
     "NotHooked",

@@ -22,6 +22,7 @@ _VERBS = {
     "guest": "kvmi_host.cli.guest",
     "attach": "kvmi_host.cli.attach",
     "detach": "kvmi_host.cli.detach",
+    "agent": "kvmi_host.cli.agent",
     "replay": "kvmi_host.cli.replay",
     "hwtest": "kvmi_host.cli.hwtest",
     "bench": "kvmi_host.cli.bench",

@@ -3,26 +3,37 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
 from time import monotonic, time_ns
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
-from kvmi_host import attach as attaching
+import kvmi_host
+from kvmi_host.attach import find_target, hand_over, policy_for, run_with_session
 from kvmi_host.cli.options import Connect, Json, Vm
+from kvmi_host.cli.records import event_record, facts_record
+from kvmi_host.cli.signals import noted_signals
+from kvmi_host.cli.steering import Steering
 from kvmi_host.cli.tally import Tally
-from kvmi_host.cli.view import View, event_record, facts_record, view_for
-from kvmi_host.introspect import SessionClosed, Wanted, Watch, serve
-from kvmi_host.protocol import Event, EventId, event_name
+from kvmi_host.cli.view import View, view_for
+from kvmi_host.introspect import Interest, SessionClosed
+from kvmi_host.introspect.holding import Hold
+from kvmi_host.introspect.interests import parse
+from kvmi_host.introspect.plans import Plan, run
+from kvmi_host.introspect.watch import Watch
+from kvmi_host.protocol import Event, KvmiError
+from kvmi_host.recording import Recorder
+
+T = TypeVar("T")
 
 app = typer.Typer(add_completion=False)
 
 _DEFAULT_EVENTS = "cr0,cr3,cr4,hypercall,create-vcpu"
 _FEWEST_SAMPLES = 16  # of the round trip: fewer say nothing
+_TICK = 0.1  # seconds that a key waits at most when there are no events
 
 
 @app.command()
@@ -41,8 +52,11 @@ def attach(
     as_json: Json = False,
     count: Annotated[int | None, typer.Option(min=1, help="Leave after so many events.")] = None,
     duration: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Leave after this time.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Record the session: replay shows it again, Wireshark opens it.")
+    ] = None,
     to: Annotated[str | None, typer.Option(metavar="SOCKET", help="Give the session to who listens there.")] = None,
-    run: Annotated[bool, typer.Option("--exec", help="Give the session to a program: --exec -- CMD ARGS.")] = False,
+    execute: Annotated[bool, typer.Option("--exec", help="Give the session to a program: --exec -- CMD ARGS.")] = False,
     connect: Connect = None,
 ) -> None:
     """Attach to a running VM and show its events, or give its session to an introspector.
@@ -50,81 +64,94 @@ def attach(
     The VM is not stopped, and does not depend on us: when we end, it goes on.
     """
     try:
-        rules = attaching.policy_for(allow)
-        wanted = Wanted.parse([name.strip() for name in events.split(",") if name.strip()], attaching.event_id)
+        rules = policy_for(allow)
+        interests = [interest for name in events.split(",") if name.strip() for interest in parse(name.strip())]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if run != bool(command) or (run and to):
+    if execute != bool(command) or (execute and to):
         raise typer.BadParameter("--exec takes a program (--exec -- CMD ARGS), and excludes --to")
+    if record and (to or execute):
+        raise typer.BadParameter("--record is for the built-in agent, and excludes --to and --exec")
     if to:
-        attaching.hand_over(attaching.find_target(vm, connect), to, rules)
+        hand_over(find_target(vm, connect), to, rules)
     elif command:
-        status = attaching.run_with_session(attaching.find_target(vm, connect), command, rules)
+        status = run_with_session(find_target(vm, connect), command, rules)
         raise typer.Exit(status if status >= 0 else 1)
     else:
-        with attaching.attach(vm, uri=connect, allow=rules) as attached, _signals() as signalled:
-            _watch(attached, wanted, view_for(as_json), signalled, count, duration)
+        with ExitStack() as stack:
+            recorder = stack.enter_context(Recorder(record, vm)) if record else None
+            tap = recorder.tap if recorder else None
+            attached = stack.enter_context(kvmi_host.attach(vm, uri=connect, allow=rules, tap=tap))
+            signalled = stack.enter_context(noted_signals())
+            view = stack.enter_context(closing(view_for(as_json)))
+            _watch(attached, interests, view, recorder, signalled, count, duration)
 
 
 def _watch(
-    attached: attaching.Attached,
-    wanted: Wanted,
+    vm: kvmi_host.Vm,
+    interests: Sequence[Interest],
     view: View,
+    recorder: Recorder | None,
     signalled: list[str],
     count: int | None,
     duration: float | None,
 ) -> None:
-    session, tally = attached.session, Tally()
+    session, facts, tally = vm.session, vm.facts, Tally()
     deadline = None if duration is None else monotonic() + duration
-    view.session(facts_record(attached.facts))
-    if event_name(EventId.UNHOOK) in attached.facts.events:
-        wanted = replace(wanted, events=wanted.events | {EventId.UNHOOK})  # so that detach can ask us
+    hold = Hold()
+    watch = Watch(hold, interests)
+
+    def heard(event: Event) -> None:
+        tally.enter(event)
+        view.event(event_record(facts.name, event, recorder.time_of(event) if recorder else time_ns()))
+
+    def carry_out(plan: Plan[T]) -> T:
+        return run(session, plan, heard)
+
+    steering = Steering(hold, facts, carry_out)
+
+    def ended() -> str:
+        steering.press(view.poll(steering.situation))
+        if signalled:
+            return signalled[0]
+        if steering.quit:
+            return "quit"
+        if count is not None and tally.events >= count:
+            return "count"
+        if deadline is not None and monotonic() >= deadline:
+            return "duration"
+        return "unhook" if watch.unhooked else ""
+
+    shown_facts = facts_record(facts)
+    if recorder:
+        recorder.note({"session": shown_facts})
+    view.session(shown_facts)
     try:
-        watch = Watch(session, wanted)
-
-        def handle(event: Event) -> None:
-            tally.enter(event)
-            view.event(event_record(attached.facts.name, event, time_ns()))
-            watch.saw(event)
-
-        def idle() -> bool:
-            if signalled:
-                tally.ended = signalled[0]
-            elif count is not None and tally.events >= count:
-                tally.ended = "count"
-            elif deadline is not None and monotonic() >= deadline:
-                tally.ended = "duration"
-            else:
-                watch.retry()
+        try:
+            carry_out(watch.begin())
+            while not (why := ended()):
+                if (event := carry_out(watch.next(_TICK))) is not None:
+                    carry_out(watch.answer(event))
                 if tally.sample_due:
                     tally.sample(session)
-                return False
-            return True
-
-        if serve(session, handle, idle):
-            tally.ended = "unhook"
-        watch.stop()
+            tally.ended = why
+        finally:
+            if recorder:  # what comes from now on is answered, and not shown
+                recorder.note({"leaving": {"events": tally.events}})
+            if not session.closed:
+                steering.let_go()
+                run(session, watch.end())
         for _ in range(_FEWEST_SAMPLES):
             tally.sample(session)
     except SessionClosed:
         tally.ended = "the VM or its session ended"
+    except KvmiError as error:
+        tally.ended = str(error)
+        raise
     finally:
-        view.summary(tally.summary())
+        summary = tally.summary()
+        view.summary(summary)
+        if recorder:
+            recorder.note({"summary": summary})
     if count is not None and tally.events < count:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """A list that gets the name of a signal which asks us to leave. No event is left unanswered because of it."""
-    names: list[str] = []
-
-    def note(number: int, _frame: object) -> None:
-        names.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield names
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -55,9 +55,13 @@ class Tally:
         session.get_version()
         self._round_trips.append(perf_counter_ns() - start)
 
-    def summary(self) -> dict[str, Any]:
-        """The last line of ``attach --json``. ``seq_gaps`` counts the numbers that never came."""
-        seconds = monotonic() - self._started
+    def summary(self, seconds: float | None = None) -> dict[str, Any]:
+        """The last line of ``attach --json``. ``seq_gaps`` counts the numbers that never came.
+
+        :param seconds: how long it took; since this was made, if None.
+        """
+        if seconds is None:
+            seconds = monotonic() - self._started
         ordered = sorted(self._round_trips)
         return {
             "events": self.events,

@@ -5,30 +5,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import typer
 
-from kvmi_host.protocol import Descriptor, Event, EventId, event_name, msr_name
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from kvmi_host.attach import Facts
-
-_COLUMNS = ("seq", "vCPU", "event", "mode", "rip", "detail")
-_PLAIN = "{:>10} {:>4} {:<12} {:>4} {:>18} {}"
-_ROWS = 20
-_CR = event_name(EventId.CR)
-_MSR = event_name(EventId.MSR)
-_DESCRIPTOR = event_name(EventId.DESCRIPTOR)
-_UNHOOK = event_name(EventId.UNHOOK)
+from kvmi_host.cli.records import COLUMNS, LINE, Record, cells
 
 
-Record = Mapping[str, Any]
-"""What is shown is what ``--json`` prints: the object of one line."""
+class Situation(NamedTuple):
+    """What goes on, for who watches: ``running``, ``paused`` and the like; more about it; what each key does now."""
+
+    state: str
+    detail: str = ""
+    keys: tuple[tuple[str, str], ...] = ()
 
 
 class View(Protocol):
@@ -38,7 +28,13 @@ class View(Protocol):
 
     def event(self, record: Record) -> None: ...
 
+    def poll(self, situation: Callable[[], Situation]) -> str:
+        """Draw, if it is time to; the keys that were pressed. Call it often: it costs next to nothing."""
+
     def summary(self, summary: Record) -> None: ...
+
+    def close(self) -> None:
+        """Leave the terminal as it was. May be called again."""
 
 
 class JsonView:
@@ -50,63 +46,49 @@ class JsonView:
     def event(self, record: Record) -> None:
         _print_json(record)
 
+    def poll(self, situation: Callable[[], Situation]) -> str:
+        return ""
+
     def summary(self, summary: Record) -> None:
         _print_json({"summary": summary})
+
+    def close(self) -> None:
+        pass
 
 
 class PlainView:
     """Aligned lines, each as it comes: for pipes, logs and slow terminals."""
 
     def session(self, facts: Record) -> None:
-        _print_facts(facts)
-        typer.echo(_PLAIN.format(*_COLUMNS))
+        print_facts(facts)
+        typer.echo(LINE.format(*COLUMNS))
 
     def event(self, record: Record) -> None:
-        typer.echo(_PLAIN.format(*_cells(record)).rstrip())
+        typer.echo(LINE.format(*cells(record)).rstrip())
         sys.stdout.flush()
 
-    def summary(self, summary: Record) -> None:
-        _print_summary(summary)
-
-
-class LiveView:
-    """A table of the last events that redraws itself."""
-
-    def __init__(self) -> None:
-        from rich.live import Live
-
-        self._rows: deque[Sequence[str]] = deque(maxlen=_ROWS)
-        self._count = 0
-        self._live = Live(get_renderable=self._table, refresh_per_second=8)
-
-    def session(self, facts: Record) -> None:
-        _print_facts(facts)
-        self._live.start()
-
-    def event(self, record: Record) -> None:
-        self._count += 1
-        self._rows.append(_cells(record))
+    def poll(self, situation: Callable[[], Situation]) -> str:
+        return ""
 
     def summary(self, summary: Record) -> None:
-        self._live.stop()
-        _print_summary(summary)
+        print_summary(summary)
 
-    def _table(self) -> Table:
-        from rich.box import SIMPLE
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*_COLUMNS, box=SIMPLE, caption=f"{self._count} events")
-        for row in list(self._rows):  # drawn by a thread of rich's, while events come
-            table.add_row(*map(Text, row))
-        return table
+    def close(self) -> None:
+        pass
 
 
-def view_for(as_json: bool) -> View:
-    """The view that fits where standard output goes."""
+def view_for(as_json: bool, *, recorded: bool = False) -> View:
+    """The view that fits where standard output goes.
+
+    :param recorded: what is shown is over: time is that of its events.
+    """
     if as_json:
         return JsonView()
-    return LiveView() if sys.stdout.isatty() else PlainView()
+    if not sys.stdout.isatty():
+        return PlainView()
+    from kvmi_host.cli.live import LiveView
+
+    return LiveView(recorded=recorded)
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -117,71 +99,16 @@ def show_table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Non
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def facts_record(facts: Facts) -> Record:
-    """A session's facts, as they are shown."""
-    return {
-        "uuid": str(facts.uuid),
-        "name": facts.name,
-        "version": facts.version,
-        "dialect": facts.dialect,
-        "vcpus": facts.vcpus,
-        "commands": list(facts.commands),
-        "events": list(facts.events),
-        "method": facts.method,
-    }
-
-
-def event_record(vm: str, event: Event, time_ns: int) -> Record:
-    """An event, as it is shown: what all events have, then its own fields.
-
-    :param time_ns: when it was received, since the epoch.
-    """
-    data = event.data
-    return {
-        "vm": vm,
-        "vcpu": event.vcpu,
-        "seq": event.seq,
-        "event": event_name(event.event),
-        "mode": event.mode,
-        "rip": event.rip,
-        "time_ns": time_ns,
-        **(data._asdict() if data is not None else {}),
-    }
-
-
-_COMMON = frozenset({"vm", "vcpu", "seq", "event", "mode", "rip", "time_ns"})
-
-
-def _cells(record: Record) -> Sequence[str]:
-    if record["event"] == _UNHOOK:
-        return (str(record["seq"]), "", _UNHOOK, "", "", "")
-    numbers = (str(record["seq"]), str(record["vcpu"]), record["event"], str(record["mode"]))
-    return (*numbers, f"{record['rip']:#018x}", _detail(record))
-
-
-def _detail(record: Record) -> str:
-    if record["event"] == _CR:
-        return f"cr{record['cr']} {record['old']:#x} -> {record['new']:#x}"
-    if record["event"] == _MSR:
-        return f"{msr_name(record['msr'])} {record['old']:#x} -> {record['new']:#x}"
-    if record["event"] == _DESCRIPTOR:
-        return f"{Descriptor(record['descriptor']).name.lower()} {'write' if record['write'] else 'read'}"
-    return " ".join(f"{name}={value:#x}" for name, value in record.items() if name not in _COMMON)
-
-
-def _print_json(value: Record) -> None:
-    typer.echo(json.dumps(value))
-    sys.stdout.flush()
-
-
-def _print_facts(facts: Record) -> None:
+def print_facts(facts: Record) -> None:
+    """What the session is and may do."""
     typer.echo(f"{facts['name']}  uuid {facts['uuid']}  {facts['vcpus']} vCPUs")
     typer.echo(f"KVMI version {facts['version']}, dialect {facts['dialect']}, attached by {facts['method']}")
     typer.echo(f"may send: {', '.join(facts['commands'])}")
     typer.echo(f"may see:  {', '.join(facts['events'])}")
 
 
-def _print_summary(summary: Record) -> None:
+def print_summary(summary: Record) -> None:
+    """What came of the session."""
     kinds = ", ".join(f"{kind} {count}" for kind, count in summary["by_kind"].items()) or "none"
     modes = ", ".join(f"{mode} ({count})" for mode, count in summary["modes"].items()) or "none"
     trip = summary["round_trip"]
@@ -194,3 +121,8 @@ def _print_summary(summary: Record) -> None:
             f" ({trip['samples']} samples)"
         )
     typer.echo(f"ended: {summary['ended']}")
+
+
+def _print_json(value: Record) -> None:
+    typer.echo(json.dumps(value))
+    sys.stdout.flush()

@@ -1,22 +1,70 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The introspector: a session with the kernel over a socket, and the ways to come by one."""
+"""The introspector: VMs with their vCPUs, memory and events, over a session with the kernel; and how to come by one.
+
+The twins for asyncio, :mod:`~kvmi_host.introspect.async_session` and :mod:`~kvmi_host.introspect.async_vm`, are not
+imported here: asyncio loads much that a blocking session never needs.
+"""
 
 from kvmi_host.introspect.errors import SessionClosed, SessionError, SessionTimeout
+from kvmi_host.introspect.facts import Facts
+from kvmi_host.introspect.interests import (
+    BREAKPOINTS,
+    CR0,
+    CR3,
+    CR4,
+    CREATE_VCPU,
+    DESCRIPTORS,
+    HYPERCALL,
+    PAUSE,
+    SINGLESTEP,
+    TRAPS,
+    XSETBV,
+    Breakpoint,
+    ControlRegister,
+    Interest,
+    Kind,
+    Msr,
+    PageWatch,
+)
 from kvmi_host.introspect.ledger import SeqLedger
 from kvmi_host.introspect.listener import Listener
-from kvmi_host.introspect.serving import serve
-from kvmi_host.introspect.session import PeerInfo, Session
-from kvmi_host.introspect.watching import Wanted, Watch
+from kvmi_host.introspect.paging import NotMapped, PageTables, Translation
+from kvmi_host.introspect.session import PeerInfo, Session, Tap
+from kvmi_host.introspect.vm import Memory, Vcpu, Vm
+from kvmi_host.introspect.watch import WatchedEvent
 
 __all__ = [
+    "BREAKPOINTS",
+    "CR0",
+    "CR3",
+    "CR4",
+    "CREATE_VCPU",
+    "DESCRIPTORS",
+    "HYPERCALL",
+    "PAUSE",
+    "SINGLESTEP",
+    "TRAPS",
+    "XSETBV",
+    "Breakpoint",
+    "ControlRegister",
+    "Facts",
+    "Interest",
+    "Kind",
     "Listener",
+    "Memory",
+    "Msr",
+    "NotMapped",
+    "PageTables",
+    "PageWatch",
     "PeerInfo",
     "SeqLedger",
     "Session",
     "SessionClosed",
     "SessionError",
     "SessionTimeout",
-    "Wanted",
-    "Watch",
-    "serve",
+    "Tap",
+    "Translation",
+    "Vcpu",
+    "Vm",
+    "WatchedEvent",
 ]

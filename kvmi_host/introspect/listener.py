@@ -42,17 +42,8 @@ class Listener:
         self.path = Path(path)
         self._cookie = cookie
         self._handshake_timeout = handshake_timeout
-        self._users = frozenset({0, os.geteuid()} if users is None else users)
-        _check_directory(self.path.parent)
-        _remove_leftover(self.path)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        os.fchmod(self._sock.fileno(), 0o600)  # before bind: there is no moment in which others could connect
-        try:
-            self._sock.bind(os.fspath(self.path))
-        except OSError as error:
-            self._sock.close()
-            raise SessionError(f"{self.path}: {error.strerror}") from error
-        self._sock.listen()
+        self._users = users
+        self._sock = listen_at(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -82,14 +73,41 @@ class Listener:
         except TimeoutError:
             raise SessionTimeout(f"{self.path}: no VM announced itself in {timeout} s") from None
         try:
-            _, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-            if user not in self._users:
-                raise HandshakeError(f"handshake: user {user} may not connect to {self.path}")
+            check_user(sock, self._users)
             hello = greet(sock, self._cookie, self._handshake_timeout)
         except BaseException:
             sock.close()
             raise
         return Session(sock, peer=PeerInfo(hello.uuid, hello.name, hello.start_time))
+
+
+def listen_at(path: Path) -> socket.socket:
+    """A UNIX socket of mode 0600 that listens. Its file stays when it is closed.
+
+    :raise SessionError: see :class:`Listener`.
+    """
+    _check_directory(path.parent)
+    _remove_leftover(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.fchmod(sock.fileno(), 0o600)  # before bind: there is no moment in which others could connect
+    try:
+        sock.bind(os.fspath(path))
+    except OSError as error:
+        sock.close()
+        raise SessionError(f"{path}: {error.strerror}") from error
+    sock.listen()
+    return sock
+
+
+def check_user(sock: socket.socket, users: Collection[int] | None) -> None:
+    """May the user at the other end of a UNIX socket connect?
+
+    :param users: user ids that may; None: root and this user.
+    :raise HandshakeError: no.
+    """
+    _, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    if user not in ({0, os.geteuid()} if users is None else users):
+        raise HandshakeError(f"handshake: user {user} may not connect here")
 
 
 def _check_directory(directory: Path) -> None:

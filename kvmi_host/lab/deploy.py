@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What of this tree goes to a host under test, as one tar stream: package, command, guest images, hardware suite."""
+"""What of this tree goes to a host under test, as one tar stream: package, command, guest images, hardware suite, and
+the page whose programs it runs."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import py_compile
 import shutil
 import tarfile
 import tempfile
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -19,6 +21,7 @@ from kvmi_host.lab.images import guest_images
 TOP = PurePosixPath("/opt/kvmi-host")
 """The folder on the host that holds all of it."""
 
+_AS_HERE = ("tests/hardware", "docs/library.md", "pyproject.toml")
 _LAUNCHER = f"""#!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
 PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"
@@ -31,7 +34,7 @@ ln -sf "$kernel" {TOP}/images/linux.vmlinuz"""
 
 SCRIPT = f"""set -e
 mkdir -p {TOP}
-rm -rf {TOP}/lib {TOP}/tests {TOP}/images {TOP}/deployed
+rm -rf {TOP}/lib {TOP}/tests {TOP}/docs {TOP}/images {TOP}/deployed
 tar -xz --no-same-owner -C /
 {LINUX}
 """
@@ -40,11 +43,24 @@ tar -xz --no-same-owner -C /
 
 def _contents(root: Path, guests: Mapping[str, Path]) -> Iterator[tuple[PurePosixPath, Path]]:
     """Each file with its path on the host."""
-    for part, place in (("kvmi_host", "lib/kvmi_host"), ("tests/hardware",) * 2, ("pyproject.toml",) * 2):
+    for part, place in (("kvmi_host", "lib/kvmi_host"), *((part, part) for part in _AS_HERE)):
         for file in cache.files(root / part) if (root / part).exists() else ():
             yield TOP / place / file.relative_to(root / part).as_posix(), file
     for name, file in guests.items():
         yield TOP / "images" / name, file
+
+
+def _distribution(root: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """What tells Python which plugins the package has, as pip would leave it there."""
+    if not (root / "pyproject.toml").exists():
+        return
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    folder = TOP / f"lib/kvmi_host-{project['version']}.dist-info"
+    yield folder / "METADATA", f"Metadata-Version: 2.1\nName: kvmi-host\nVersion: {project['version']}\n".encode()
+    lines = []
+    for group, points in project.get("entry-points", {}).items():
+        lines += [f"[{group}]", *(f"{name} = {place}" for name, place in points.items())]
+    yield folder / "entry_points.txt", "\n".join([*lines, ""]).encode()
 
 
 @contextmanager
@@ -111,6 +127,7 @@ def archive(
     """
 
     def files() -> Iterator[tuple[PurePosixPath, bytes]]:
+        yield from _distribution(root)
         for place, file in _contents(root, guests):
             yield place, file.read_bytes()
             if place.suffix == ".py" and (code := _compiled(file, place)):

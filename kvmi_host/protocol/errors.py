@@ -6,12 +6,15 @@
     KvmiError                   anything this package raises on purpose
     +-- ProtocolError           the peer broke the protocol: close the session, it cannot be resumed
     |   +-- HandshakeError      ... before the session began: the connection is of no use
+    |   +-- UnsupportedDialect  ... or follows one that is not spoken here: another kernel or another library
     +-- CommandError            the kernel refused one command: the session goes on, .code says why
     +-- SessionError            (kvmi_host.introspect) the connection, not what was said on it
     |   +-- SessionClosed       the peer is gone: attach again
     |   +-- SessionTimeout      a deadline passed: the peer is stuck or slow
     +-- HostError               (kvmi_host.host) this host cannot do it until someone changes the host
     +-- AttachError             (kvmi_host.attach) this VM cannot be attached to
+    +-- RecordingError          (kvmi_host.recording) a recording cannot be written or read
+    +-- ConfigError             (kvmi_host.agent) the agent's configuration cannot be used: change the file
     +-- ProvisionError          (kvmi_host.provision) libvirt or the SSH way to it refused
 
 Arguments that a caller got wrong (a page that is no page, a reply to an event that has none) are ValueError: a bug of
@@ -44,6 +47,10 @@ class ProtocolError(KvmiError):
 
 class HandshakeError(ProtocolError):
     """The peer failed the exchange that precedes a session: silent, cut short, or with a wrong cookie."""
+
+
+class UnsupportedDialect(ProtocolError):
+    """The kernel speaks a dialect of the protocol that is known by name, and not spoken here."""
 
 
 class CommandError(KvmiError):

@@ -12,6 +12,10 @@ HEADER = Struct("<HHI")
 MAX_PAYLOAD = 2 * 4096 - HEADER.size
 """The largest `size`: a message with its header fits in two pages."""
 
+_HEADER_SIZE = HEADER.size
+_unpack_header = HEADER.unpack_from
+_new_tuple = tuple.__new__
+
 
 class Frame(NamedTuple):
     """One message as it came: ``payload`` is what followed the header, at most 8184 bytes."""
@@ -42,7 +46,9 @@ class Framer:
 
     def feed(self, data: bytes) -> None:
         """Add what the socket gave. Take all frames out before feeding more, and the memory held stays bounded."""
-        self._data = self._data[self._at :] + data if self._at < len(self._data) else data
+        if self._data:
+            data = self._data[self._at :] + data
+        self._data = data
         self._at = 0
 
     def next_frame(self) -> Frame | None:
@@ -50,17 +56,25 @@ class Framer:
 
         :raise ProtocolError: the header announces more than a message can hold.
         """
-        start = self._at + HEADER.size
-        if start > len(self._data):
+        data, start = self._data, self._at + _HEADER_SIZE
+        if start > len(data):
             return None
-        message_id, size, seq = HEADER.unpack_from(self._data, self._at)
+        message_id, size, seq = _unpack_header(data, self._at)
         if size > MAX_PAYLOAD:
             raise ProtocolError(f"message {message_id} announces {size} bytes, more than the {MAX_PAYLOAD} allowed")
         end = start + size
-        if end > len(self._data):
+        if end < len(data):
+            self._at = end
+        elif end == len(data):
+            self._data, self._at = b"", 0
+        else:
             return None
-        self._at = end
-        return Frame(message_id, seq, self._data[start:end])
+        return _new_tuple(Frame, (message_id, seq, data[start:end]))
+
+    def withdraw(self) -> bytes:
+        """Give back what was fed and not taken out."""
+        data, self._data, self._at = self._data[self._at :], b"", 0
+        return data
 
     @property
     def pending(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The numbers of the protocol, version 6: commands, events, actions, error codes."""
+"""The numbers of the protocol, dialect v6: commands, events, actions, error codes."""
 
 from __future__ import annotations
 
@@ -114,6 +114,7 @@ CHANGES_THE_GUEST = frozenset(
 
 _COMMANDS = {int(c): c.name.lower().replace("_", "-") for c in Command}
 _EVENTS = {int(e): e.name.lower().replace("_", "-") for e in EventId}
+_EVENTS[13] = "cpuid"  # dialect v7's; no EventId, which are v6's
 
 
 def command_name(command: int) -> str:
@@ -122,5 +123,5 @@ def command_name(command: int) -> str:
 
 
 def event_name(event: int) -> str:
-    """The name people type and read: ``create-vcpu``; ``event-13`` for an id that is not in the table."""
+    """The name people type and read: ``create-vcpu``; ``event-14`` for an id that is not in the table."""
     return _EVENTS.get(event, f"event-{event}")

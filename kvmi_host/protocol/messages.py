@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from struct import Struct
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
+from kvmi_host.protocol.dialects import Version, read_version
 from kvmi_host.protocol.errors import ProtocolError
 from kvmi_host.protocol.framing import MAX_PAYLOAD
 from kvmi_host.protocol.ids import VM_EVENTS, Access, Command, command_name
@@ -45,8 +45,7 @@ _U64 = Struct("<Q")
 _MSR_ENTRY = Struct("<I4xQ")
 
 
-@dataclass(frozen=True, slots=True)
-class Request(Generic[T_co]):
+class Request(NamedTuple, Generic[T_co]):
     """A command that was not sent yet.
 
     :ivar command: the message id.
@@ -57,13 +56,6 @@ class Request(Generic[T_co]):
     command: int
     payload: bytes
     decode: Callable[[bytes], T_co]
-
-
-class Version(NamedTuple):
-    """Answer of GET_VERSION. ``dialect`` is the family of interfaces that the answer's shape gives away."""
-
-    version: int
-    dialect: str
 
 
 class VcpuState(NamedTuple):
@@ -86,7 +78,7 @@ class Cpuid(NamedTuple):
 
 def get_version() -> Request[Version]:
     """The interface's version and dialect."""
-    return Request(Command.GET_VERSION, b"", _version)
+    return Request(Command.GET_VERSION, b"", read_version)
 
 
 def check_command(command: int) -> Request[None]:
@@ -277,15 +269,6 @@ def _reader(command: int, field: str, struct: Struct) -> Callable[[bytes], int]:
         return value
 
     return decode
-
-
-def _version(data: bytes) -> Version:
-    # The shape of the answer is the dialect: v6 {1, 0}, v7 the same and 8 bytes of features, v12 a message size.
-    _require(Command.GET_VERSION, data, _U32.size, "version")
-    version: int = _U32.unpack_from(data)[0]
-    if len(data) >= 16:
-        return Version(version, "v7")
-    return Version(version, "v12" if any(data[4:8]) else "v6")
 
 
 def _vcpu_state(data: bytes) -> VcpuState:

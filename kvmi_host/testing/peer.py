@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from kvmi_host.protocol import Access, Action, Command, ErrorCode, EventId, Framer, MemoryType, ProtocolError, frame
+from kvmi_host.protocol.framing import MAX_PAYLOAD
 from kvmi_host.protocol.ids import ALWAYS_ALLOWED, CHANGES_THE_GUEST, KVMI_VERSION, VM_EVENTS
 from kvmi_host.protocol.msrs import WATCHABLE
 from kvmi_host.protocol.x86 import XSAVE_SIZE
@@ -81,6 +82,7 @@ class _Waiting(NamedTuple):
 @dataclass(slots=True)
 class _Vcpu:
     started: bool = True
+    announced: bool = False
     events: set[int] = field(default_factory=set)
     registers: set[int] = field(default_factory=set)
     msrs: set[int] = field(default_factory=set)
@@ -93,6 +95,7 @@ class SimulatedKernel:
     """The kernel end of one session, served by a thread.
 
     :ivar memory: the guest's physical memory.
+    :ivar carried_out: the commands that were, in order.
     :ivar why: what ended the session, once it has.
     """
 
@@ -105,6 +108,7 @@ class SimulatedKernel:
         commands: Iterable[int] | None = None,
         events: Iterable[int] | None = None,
         observe: bool = False,
+        announce: bool = False,
         pages: int = 4,
     ) -> None:
         """
@@ -113,15 +117,21 @@ class SimulatedKernel:
         :param commands: allowed besides the three that always are; None allows all.
         :param events: allowed; None allows all.
         :param observe: hooked with the OBSERVE flag.
+        :param announce: vCPUs send CREATE_VCPU when it is enabled, as they do from then on when they first run; else
+            tests fire it.
         """
         self._sock = sock.dup()
         self.memory = bytearray(pages * PAGE)
+        self.carried_out: list[int] = []
         self.why: str | None = None
         known = frozenset(_COMMANDS)
         forbidden = CHANGES_THE_GUEST if observe else frozenset()
-        self._commands = (known if commands is None else known & frozenset(commands)) - forbidden | ALWAYS_ALLOWED
-        self._events = frozenset(EventId if events is None else events)
+        self._commands: frozenset[int] = (
+            known if commands is None else known & frozenset(commands)
+        ) - forbidden | ALWAYS_ALLOWED
+        self._events: frozenset[int] = frozenset(EventId if events is None else events)
         self._observe = observe
+        self._announce = announce
         self._vcpus = [_Vcpu(started=index not in not_started) for index in range(vcpus)]
         self._vm_events: set[int] = set()
         self._access: dict[int, int] = {}
@@ -129,6 +139,7 @@ class SimulatedKernel:
         self._answer_this = True
         self._seq = 0
         self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._ended = threading.Event()
         threading.Thread(target=self._serve, name="kvmi-recv", daemon=True).start()
 
@@ -147,7 +158,7 @@ class SimulatedKernel:
         """Send an event, enabled or not; the queue gets its reply, or None if the session ends instead."""
         replies: SimpleQueue[Reply | None] = SimpleQueue()
         with self._lock:
-            self._seq += 1
+            self._seq = (self._seq + 1) & 0xFFFFFFFF
             if event != EventId.UNHOOK:
                 self._vcpus[vcpu].waiting = _Waiting(self._seq, event, own, replies)
             state = bytes([mode]) + bytes(7) + _NO_STATE + bytes(9 * 8)
@@ -155,13 +166,53 @@ class SimulatedKernel:
             self._send(frame(Command.EVENT, self._seq, body))
         return replies
 
+    def await_running(self, vcpu: int = 0, timeout: float = 5.0) -> None:
+        """Wait until a vCPU does not wait for a reply.
+
+        :raise TimeoutError: it goes on waiting.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._vcpus[vcpu].waiting is None, timeout):
+                raise TimeoutError(f"vCPU {vcpu} waits for the reply to its event")
+
+    def page_access(self, gpa: int) -> int:
+        """What the guest may do with a page."""
+        return self._access.get(gpa // PAGE, Access.ALL)
+
+    def waiting_for(self, vcpu: int = 0) -> int | None:
+        """The kind of the event that a vCPU waits for the reply to; None if it does not wait."""
+        waiting = self._vcpus[vcpu].waiting
+        return waiting.event if waiting else None
+
     def enabled(self, event: int, vcpu: int = 0) -> bool:
         """Whether the introspector has switched an event on."""
         return event in (self._vm_events if event in VM_EVENTS else self._vcpus[vcpu].events)
 
+    def await_enabled(self, event: int, vcpu: int = 0, enabled: bool = True, timeout: float = 5.0) -> None:
+        """Wait until the introspector has switched an event on, or off.
+
+        :raise TimeoutError: it has not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.enabled(event, vcpu) == enabled, timeout):
+                raise TimeoutError(f"event {event} on vCPU {vcpu} is not switched {'on' if enabled else 'off'}")
+
+    def await_carried_out(self, command: int, timeout: float = 5.0) -> None:
+        """Wait until the introspector has sent a command that was carried out.
+
+        :raise TimeoutError: it has not.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: command in self.carried_out, timeout):
+                raise TimeoutError(f"command {command} was not sent")
+
     def watched_registers(self, vcpu: int = 0) -> frozenset[int]:
         """The control registers whose writes the introspector watches."""
         return frozenset(self._vcpus[vcpu].registers)
+
+    def access_to(self, gpa: int) -> Access:
+        """What the guest may do with the page at a physical address."""
+        return Access(self._access.get(gpa // PAGE, Access.ALL))
 
     def watched_msrs(self, vcpu: int = 0) -> frozenset[int]:
         """The MSRs whose writes the introspector watches."""
@@ -171,6 +222,11 @@ class SimulatedKernel:
         """The guest takes the exception that the introspector asked for."""
         injected, self._vcpus[vcpu].injected = self._vcpus[vcpu].injected, None
         return injected
+
+    def allow_all(self) -> None:
+        """Who made the connection allows everything, which it does a moment after the session has begun."""
+        self._commands = frozenset(_COMMANDS)
+        self._events = frozenset(EventId)
 
     def start_vcpu(self, vcpu: int) -> None:
         """The guest starts a vCPU."""
@@ -224,6 +280,7 @@ class SimulatedKernel:
             self._answer(command, seq, ErrorCode.EPERM)
             return
         self._answer_this = self._answers
+        carry_out, least = _COMMANDS[command]
         vcpu = None
         if command in _VCPU_COMMANDS:
             index = self._vcpu_index(payload)
@@ -231,17 +288,19 @@ class SimulatedKernel:
                 self._done(command, seq, ErrorCode.EINVAL)
                 return
             vcpu, payload = self._vcpus[index], payload[_VCPU_HEADER:]
-            if not vcpu.started:
+            if len(payload) >= least and not vcpu.started:
                 self._done(command, seq, ErrorCode.EAGAIN)
                 return
-        carry_out, least = _COMMANDS[command]
+        self.carried_out.append(command)
         outcome = carry_out(self, vcpu or self._vcpus[0], payload) if len(payload) >= least else ErrorCode.EINVAL
         if isinstance(outcome, bytes):
             self._done(command, seq, 0, outcome)
         else:
             self._done(command, seq, outcome)
-        if command == Command.PAUSE_VCPU and vcpu is not None:
-            self._send_pause(self._vcpus.index(vcpu))
+        with self._changed:
+            self._changed.notify_all()
+        for index in range(len(self._vcpus)):
+            self._go_on(index)
 
     def _reply(self, seq: int, payload: bytes) -> None:
         if len(payload) < _REPLY_MINIMUM:
@@ -258,13 +317,17 @@ class SimulatedKernel:
         if len(own) > size:
             raise Violation(f"event reply with {len(own)} bytes of own data, {size} expected")
         own = own.ljust(size, b"\0")
+        if waiting.event == EventId.PF and not _page_fault_reply_is_valid(own):
+            raise Violation("a reply to a page fault with a field that is out of range")
         if self._observe and _changes(waiting, action, own):
             raise Violation("event reply that changes the guest, in a session that observes")
         if action not in _ACCEPTED.get(waiting.event, _CONTINUE_OR_CRASH):
             action = Action.CONTINUE
         self._vcpus[index].waiting = None
         waiting.replies.put(Reply(action, own))
-        self._send_pause(index)
+        with self._changed:
+            self._changed.notify_all()
+        self._go_on(index)
 
     def _vcpu_index(self, payload: bytes) -> int:
         if len(payload) < _VCPU_HEADER:
@@ -273,9 +336,15 @@ class SimulatedKernel:
             raise Violation("vCPU header with padding that is not zero")
         return _u16(payload)
 
-    def _send_pause(self, index: int) -> None:
+    def _go_on(self, index: int) -> None:
+        """What a vCPU has to tell before it runs on, the pauses last."""
         vcpu = self._vcpus[index]
-        if vcpu.pauses and vcpu.waiting is None:
+        if vcpu.waiting or not vcpu.started:
+            return
+        if self._announce and not vcpu.announced and EventId.CREATE_VCPU in self._vm_events:
+            vcpu.announced = True
+            self.fire(EventId.CREATE_VCPU, index)
+        elif vcpu.pauses:
             vcpu.pauses -= 1
             self.fire(EventId.PAUSE_VCPU, index)
 
@@ -302,10 +371,10 @@ class SimulatedKernel:
         return _U32.pack(KVMI_VERSION) + bytes(4)
 
     def _check_command(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
-        return 0 if _u16(payload) in self._commands else ErrorCode.EPERM
+        return _check(payload, self._commands)
 
     def _check_event(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
-        return 0 if _u16(payload) in self._events else ErrorCode.EPERM
+        return _check(payload, self._events)
 
     def _guest_info(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
         return _U32.pack(len(self._vcpus)) + bytes(12)
@@ -332,6 +401,8 @@ class SimulatedKernel:
     def _switch(self, enabled: set[int], payload: bytes, kinds: frozenset[EventId]) -> int:
         event, enable, *padding = _EVENT_SWITCH.unpack_from(payload)
         if event not in kinds or enable > 1 or any(padding):
+            return ErrorCode.EINVAL
+        if event == EventId.PAUSE_VCPU and not enable:
             return ErrorCode.EINVAL
         if event not in self._events:
             return ErrorCode.EPERM
@@ -361,7 +432,7 @@ class SimulatedKernel:
 
     def _inject(self, vcpu: _Vcpu, payload: bytes) -> bytes | int:
         vector, has_error, padding, error_code, address = _EXCEPTION.unpack_from(payload)
-        if vector > _HIGHEST_EXCEPTION or has_error > 1 or padding:
+        if vector > _HIGHEST_EXCEPTION or vector == _NMI or has_error != (vector in _WITH_ERROR_CODE) or padding:
             return ErrorCode.EINVAL
         if vcpu.injected:
             return ErrorCode.EBUSY
@@ -376,7 +447,7 @@ class SimulatedKernel:
 
     def _set_page_access(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
         entries = self._pages(payload, _PAGE_ACCESS)
-        if entries is None or any(access > Access.ALL or any(padding) for _, access, *padding in entries):
+        if entries is None or any(access not in _ACCESS or any(padding) for _, access, *padding in entries):
             return ErrorCode.EINVAL
         for gpa, access, *_ in entries:
             self._access[gpa // PAGE] = access
@@ -385,13 +456,15 @@ class SimulatedKernel:
     def _pages(self, payload: bytes, entry: Struct) -> list[tuple[int, ...]] | None:
         """The entries of a command about pages, each with its address first; None if they are not as they have to."""
         view, count, padding = _PAGES.unpack_from(payload)
-        entries = payload[_PAGES.size :]
-        if view or padding or len(entries) != count * entry.size:
+        entries = payload[_PAGES.size :][: count * entry.size]
+        if view or padding or len(entries) < count * entry.size:
             return None
         unpacked = list(entry.iter_unpack(entries))
         return unpacked if all(gpa < len(self.memory) for gpa, *_ in unpacked) else None
 
-    def _mtrr_type(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
+    def _mtrr_type(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
+        if _U64.unpack_from(payload)[0] >> _ADDRESS_BITS:
+            return ErrorCode.EINVAL
         return bytes([MemoryType.WRITE_BACK]) + bytes(7)
 
     def _get_registers(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
@@ -399,8 +472,11 @@ class SimulatedKernel:
         if any(payload[2:8]) or len(payload) < 8 + 4 * count:
             return ErrorCode.EINVAL
         indices = [int.from_bytes(payload[8 + 4 * i : 12 + 4 * i], "little") for i in range(count)]
+        if not all(any(index in there for there in WATCHABLE) for index in indices):
+            return ErrorCode.EINVAL
         entries = b"".join(_MSR.pack(index, index + 1) for index in indices)
-        return _U32.pack(8) + bytes(4) + _NO_STATE + _U32.pack(count) + bytes(4) + entries
+        answer = _U32.pack(8) + bytes(4) + _NO_STATE + _U32.pack(count) + bytes(4) + entries
+        return answer if len(answer) <= MAX_PAYLOAD - _ERROR.size else ErrorCode.EINVAL
 
     def _set_registers(self, _vcpu: _Vcpu, _payload: bytes) -> bytes | int:
         return 0
@@ -411,7 +487,9 @@ class SimulatedKernel:
 
     def _write_physical(self, _vcpu: _Vcpu, payload: bytes) -> bytes | int:
         gpa, size = self._range(payload)
-        if gpa >= len(self.memory) or len(payload) < 16 + size:
+        if len(payload) < 16 + size:
+            raise Violation(f"a write of {size} bytes with {len(payload) - 16}")
+        if gpa >= len(self.memory):
             return ErrorCode.EINVAL
         self.memory[gpa : gpa + size] = payload[16 : 16 + size]
         return 0
@@ -439,6 +517,7 @@ _ERROR = Struct("<i4x")
 _U32 = Struct("<I")
 _U64 = Struct("<Q")
 _EVENT = Struct("<HHB3x")
+_CHECKED = Struct("<HHI")
 _EVENT_SWITCH = Struct("<HBBI")
 _REGISTER_SWITCH = Struct("<BBHI")
 _RANGE = Struct("<QQ")
@@ -448,8 +527,15 @@ _CPUID_ANSWER = Struct("<4I")
 _EXCEPTION = Struct("<BBHIQ")
 _PAGES = Struct("<HHI")
 _PAGE_ACCESS = Struct("<QBBHI")
+_PAGE_FAULT_REPLY = Struct("<8xIBBH")
+_MAX_CONTEXT = 256
 _HIGHEST_CPUID = 0x10
 _HIGHEST_EXCEPTION = 31
+_NMI = 2
+_WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17})
+_ADDRESS_BITS = 52  # the most that x86 has
+_ACCESS = frozenset(access for access in range(Access.ALL + 1) if access & Access.R or access in (0, Access.X))
+"""What page tables can say: who may write may read."""
 
 # How each is carried out, and the least payload that it takes, without the vCPU header.
 _COMMANDS: dict[int, tuple[Callable[[SimulatedKernel, _Vcpu, bytes], bytes | int], int]] = {
@@ -484,6 +570,18 @@ def _changes(waiting: _Waiting, action: int, own: bytes) -> bool:
         return True
     skips = action == Action.RETRY and waiting.event in (EventId.BREAKPOINT, EventId.DESCRIPTOR)
     return skips or action == Action.CRASH
+
+
+def _page_fault_reply_is_valid(own: bytes) -> bool:
+    size, singlestep, rep_complete, padding = _PAGE_FAULT_REPLY.unpack_from(own)
+    return size <= _MAX_CONTEXT and singlestep <= 1 and rep_complete <= 1 and not padding
+
+
+def _check(payload: bytes, allowed: frozenset[int]) -> int:
+    number, *padding = _CHECKED.unpack_from(payload)
+    if any(padding):
+        return ErrorCode.EINVAL
+    return 0 if number in allowed else ErrorCode.EPERM
 
 
 def _u16(payload: bytes) -> int:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -21,6 +24,7 @@ from kvmi_host.testing.live import DEADLINE, Walker
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
 
 VCPUS = 2
+LIBRARY_PAGE = Path(__file__).parents[2] / "docs/library.md"
 EFER_LMA = 1 << 10
 
 
@@ -175,3 +179,28 @@ def test_vcpus_that_run_announce_themselves_once_when_it_is_enabled(session: Ses
     session.control_vm_events(EventId.CREATE_VCPU, False)
     session.control_vm_events(EventId.CREATE_VCPU, True)
     assert session.next_event(0.5) is None
+
+
+PROGRAMS = dict(
+    zip(
+        ["a look", "breakpoints", "handlers", "asyncio"],
+        re.findall(r"^```python\n(.*?)^```$", LIBRARY_PAGE.read_text(), re.MULTILINE | re.DOTALL),
+        strict=True,
+    )
+)
+SAYS = {
+    "a look": r"2 vCPUs, KVMI v6\n0 [248] 0x.*\n1 [248] 0x.*\n([0-9a-f]{2} ?){16}\n[1-9]\d* address spaces",
+    "breakpoints": r"0xf\w+ is at 0x\w+ in a page of \d+\n([0-9a-f]{2} ?){8}\nthe most frequent .*: \[\(\d+, ",
+    "handlers": r"address spaces were switched: \{\d: ",
+    "asyncio": r"0 0x.*\n1 0x.*\n\d+ \d 8 0x",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_programs_of_the_librarys_page_run(linux: LinuxGuest, program: str) -> None:
+    code = PROGRAMS[program].replace('"webserver"', repr(linux.name))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=2 * DEADLINE)
+    assert not result.stderr, result.stderr
+    assert result.returncode == 0
+    assert re.match(SAYS[program], result.stdout), result.stdout
+    linux.await_growth()

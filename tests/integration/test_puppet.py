@@ -4,7 +4,6 @@ maps in the place of a session."""
 
 from __future__ import annotations
 
-import mmap
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 
 from kvmi_host.testing import puppet as guest
 from kvmi_host.testing.live import LiveGuest
+from kvmi_host.testing.memory import SharedMemory
 from kvmi_host.testing.puppet import MARK, PAGE, SOFTWARE_INTERRUPT, STEPS, TICK, Puppet, address, alias, page, tss
 
 pytestmark = pytest.mark.integration
@@ -28,25 +28,6 @@ DB, BP, UD, GP, PF, DE = 1, 3, 6, 13, 14, 0
 CR4_TSD = 1 << 2
 
 
-class Memory:
-    """The guest's memory, as a session gives it; no events."""
-
-    waiting = 0
-
-    def __init__(self, path: Path) -> None:
-        with path.open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), 0)
-
-    def read_physical(self, gpa: int, size: int) -> bytes:
-        return self._memory[gpa : gpa + size]
-
-    def write_physical(self, gpa: int, data: bytes) -> None:
-        self._memory[gpa : gpa + len(data)] = data
-
-    def next_event(self, timeout: float) -> None:
-        return None
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveGuest, Puppet]]:
     directory = tmp_path_factory.mktemp("puppet")
@@ -58,7 +39,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveGues
         options += ["-machine", "memory-backend=ram"]
         with LiveGuest(VCPUS, "puppet", accel="tcg", cpu="max", memory=str(MIB), options=options) as live:
             live.booted()
-            yield live, Puppet(Memory(memory))
+            yield live, Puppet(SharedMemory(memory))
 
 
 @pytest.fixture

@@ -6,13 +6,11 @@ from uuid import UUID
 
 import pytest
 
-from kvmi_host import attach as attaching
-from kvmi_host.attach import Attached, Target
-from kvmi_host.attach.session import facts_of
-from kvmi_host.introspect import Session
+import kvmi_host
+from kvmi_host.introspect import PeerInfo, Session, Vm
 from kvmi_host.testing.peer import SimulatedKernel
 
-TARGET = Target(1234, "webserver", UUID(int=7), 1_700_000_000)
+PEER = PeerInfo(UUID(int=7), "webserver", 1_700_000_000, 1234, "vm-fd")
 
 
 @pytest.fixture
@@ -21,10 +19,9 @@ def kernel(monkeypatch):
     ours, kernels = socket.socketpair()
     with kernels, SimulatedKernel(kernels, vcpus=2) as simulated:
 
-        def attach(vm, **settings):
-            session = Session(ours, timeout=5)
-            return Attached(session, facts_of(session, TARGET))
+        def attach(vm, *, tap=None, **settings):
+            return Vm(Session(ours, peer=PEER, timeout=5, tap=tap))
 
-        monkeypatch.setattr(attaching, "attach", attach)
+        monkeypatch.setattr(kvmi_host, "attach", attach)
         yield simulated
     ours.close()

@@ -73,12 +73,13 @@ def test_wrong_usage_is_2(run, arguments):
 
 
 def test_a_host_that_cannot_is_3(run, monkeypatch):
-    from kvmi_host import attach as attaching
+    import kvmi_host
+    from kvmi_host.attach import AttachRefused
 
     def refuse(*arguments, **settings):
-        raise attaching.AttachRefused("the loaded KVM modules have no introspection")
+        raise AttachRefused("the loaded KVM modules have no introspection")
 
-    monkeypatch.setattr(attaching, "attach", refuse)
+    monkeypatch.setattr(kvmi_host, "attach", refuse)
     result = run("attach", "webserver")
     assert result.exit_code == 3
     assert result.stderr == "kvmi-host: the loaded KVM modules have no introspection\n"

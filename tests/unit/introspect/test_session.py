@@ -19,7 +19,10 @@ from kvmi_host.protocol import (
     PageFaultReply,
     ProtocolError,
     Registers,
+    SingleStep,
+    UnsupportedDialect,
     frame,
+    messages,
 )
 from kvmi_host.testing.peer import next_reply
 
@@ -40,7 +43,7 @@ def ends() -> Iterator[tuple[socket.socket, Session]]:
 
 def test_the_commands_work(pair):
     kernel, session = pair(vcpus=2)
-    assert session.get_version() == (1, "v6")
+    assert session.get_version() == (1, "v6", None)
     assert session.check_command(Command.READ_PHYSICAL)
     assert session.check_event(EventId.CR)
     assert session.guest_info() == 2
@@ -88,15 +91,15 @@ def test_pages_keep_the_access_that_was_set(pair):
     assert session.page_access(0x1FFF) == (Access.ALL,)
 
 
-@pytest.mark.parametrize(("error_code", "address"), [(None, 0), (0, 0), (2, 0x1234)])
-def test_a_vcpu_takes_one_exception_at_a_time(pair, error_code, address):
+@pytest.mark.parametrize(("vector", "error_code", "address"), [(6, None, 0), (13, 0, 0), (14, 2, 0x1234)])
+def test_a_vcpu_takes_one_exception_at_a_time(pair, vector, error_code, address):
     kernel, session = pair(vcpus=2)
-    session.inject_exception(1, 14, error_code, address)
+    session.inject_exception(1, vector, error_code, address)
     with pytest.raises(CommandError) as caught:
         session.inject_exception(1, 6)
     assert caught.value.code is ErrorCode.EBUSY
     assert kernel.take_exception(0) is None
-    assert kernel.take_exception(1) == (14, error_code, address)
+    assert kernel.take_exception(1) == (vector, error_code, address)
     session.inject_exception(1, 6)
 
 
@@ -109,13 +112,22 @@ def test_a_vcpu_takes_one_exception_at_a_time(pair, error_code, address):
         (Command.INJECT_EXCEPTION, "20 00 0000 00000000 0000000000000000", 0),
         (Command.INJECT_EXCEPTION, "0d 02 0000 00000000 0000000000000000", 0),
         (Command.INJECT_EXCEPTION, "0d 01 0100 00000000 0000000000000000", 0),
+        (Command.INJECT_EXCEPTION, "0d 00 0000 00000000 0000000000000000", 0),
+        (Command.INJECT_EXCEPTION, "06 01 0000 00000000 0000000000000000", 0),
+        (Command.INJECT_EXCEPTION, "02 00 0000 00000000 0000000000000000", 0),
+        (Command.CHECK_COMMAND, "0200 0100 00000000", None),
+        (Command.CHECK_EVENT, "0200 0000 01000000", None),
+        (Command.CONTROL_EVENTS, "0a00 00 00 00000000", 0),
+        (Command.GET_REGISTERS, "0100 0000 00000000 adde0000", 0),
+        (Command.GET_REGISTERS, "e201 0000 00000000" + "740100c0" * 482, 0),
+        (Command.GET_MTRR_TYPE, "0000000000001000", None),
         (Command.GET_PAGE_ACCESS, "0100 0100 00000000 0000000000000000", None),
         (Command.GET_PAGE_ACCESS, "0000 0200 00000000 0000000000000000", None),
         (Command.GET_PAGE_ACCESS, "0000 0100 01000000 0000000000000000", None),
         (Command.GET_PAGE_ACCESS, "0000 0100 00000000 0000000000000001", None),
         (Command.SET_PAGE_ACCESS, "0000 0100 00000000 0000000000000000 08 00 0000 00000000", None),
         (Command.SET_PAGE_ACCESS, "0000 0100 00000000 0000000000000000 01 01 0000 00000000", None),
-        (Command.SET_PAGE_ACCESS, "0000 0000 00000000 0000000000000000 01 00 0000 00000000", None),
+        (Command.SET_PAGE_ACCESS, "0000 0100 00000000 0000000000000000 02 00 0000 00000000", None),
     ],
 )
 def test_a_bad_field_is_einval(pair, command, payload, vcpu):
@@ -186,6 +198,100 @@ def test_with_answers_off_commands_return_at_once(pair):
     session.control_cmd_response(True)
     assert kernel.watched_registers() == frozenset({3})
     assert session.guest_info() == 1
+
+
+# -- many commands at once
+
+
+def test_many_commands_are_answered_in_their_order(pair):
+    kernel, session = pair(pages=4)
+    kernel.memory[:] = b"".join(bytes([page]) * 4096 for page in range(4))
+    requests = [messages.read_physical(4096 * page, 4096) for page in (2, 0, 3, 1)]
+    assert session.ask_all(requests) == [bytes([page]) * 4096 for page in (2, 0, 3, 1)]
+    assert session.ask_all([]) == []
+
+
+def test_more_commands_and_answers_than_the_socket_holds_go_through(pair):
+    _, session = pair(pages=1)
+    requests = [messages.write_physical(0, bytes([n % 256]) * 4096) for n in range(500)]
+    reads = [messages.read_physical(0, 4096) for _ in range(500)]
+    assert session.ask_all(requests + reads) == [None] * 500 + [bytes([499 % 256]) * 4096] * 500
+
+
+def test_of_many_commands_the_first_refusal_is_raised_when_all_were_answered(pair):
+    kernel, session = pair(commands=[Command.GET_GUEST_INFO, Command.CONTROL_CR])
+    requests = [
+        messages.guest_info(),
+        messages.control_cr(7, 3, True),
+        messages.max_gfn(),
+        messages.control_cr(0, 3, True),
+    ]
+    with pytest.raises(CommandError) as caught:
+        session.ask_all(requests)
+    assert (caught.value.command, caught.value.code) == (Command.CONTROL_CR, ErrorCode.EINVAL)
+    assert kernel.watched_registers() == frozenset({3})
+    assert session.guest_info() == 1
+
+
+def test_events_that_come_among_many_answers_are_kept(pair):
+    kernel, session = pair(vcpus=2)
+    kernel.fire(EventId.HYPERCALL, vcpu=1)
+    assert session.ask_all([messages.guest_info()] * 3) == [2, 2, 2]
+    assert session.waiting == 1
+    assert session.next_event().vcpu == 1
+
+
+def test_with_answers_off_many_commands_wait_for_none(pair):
+    kernel, session = pair()
+    session.ask_all(
+        [
+            messages.control_cmd_response(False, now=True),
+            messages.control_cr(0, 3, True),
+            messages.control_cmd_response(True, now=True),
+        ]
+    )
+    assert kernel.watched_registers() == frozenset({3})
+
+
+# -- many pages
+
+
+def test_many_pages_are_read_in_place(pair):
+    kernel, session = pair(pages=1100)
+    kernel.memory[:] = b"".join(page.to_bytes(4, "little") * 1024 for page in range(1100))
+    buffer = bytearray(1099 * 4096)
+    session.read_pages(4096, buffer)
+    assert buffer == kernel.memory[4096:]
+
+
+def test_events_that_come_among_pages_are_kept(pair):
+    kernel, session = pair(vcpus=2, pages=4)
+    kernel.memory[:] = b"".join(bytes([page]) * 4096 for page in range(4))
+    buffer = bytearray(4 * 4096)
+    for vcpu in range(2):
+        replies = kernel.fire(EventId.HYPERCALL, vcpu=vcpu)
+        session.read_pages(0, buffer)
+        assert buffer == kernel.memory
+        session.reply(session.next_event())
+        assert next_reply(replies).action == Action.CONTINUE
+
+
+def test_pages_that_are_refused_are_zero_and_the_others_there(pair):
+    kernel, session = pair(pages=4)
+    kernel.memory[:] = b"\xaa" * len(kernel.memory)
+    buffer = bytearray(b"\xbb" * 6 * 4096)
+    with pytest.raises(CommandError) as caught:
+        session.read_pages(0, buffer)
+    assert caught.value.code is ErrorCode.EINVAL
+    assert buffer == kernel.memory + bytes(2 * 4096)
+    assert session.guest_info() == 1
+
+
+@pytest.mark.parametrize(("gpa", "size"), [(1, 4096), (4096, 4095)])
+def test_pages_are_whole(pair, gpa, size):
+    _, session = pair()
+    with pytest.raises(ValueError, match="whole pages"):
+        session.read_pages(gpa, bytearray(size))
 
 
 # -- events
@@ -343,10 +449,66 @@ def test_a_session_that_observes_cannot_change_the_guest(pair, change):
 # -- bad peers
 
 
+def test_a_v7_kernels_events_are_read_as_v7s_once_it_was_asked(ends):
+    peer, session = ends
+    peer.sendall(frame(2, 1, bytes(8) + bytes.fromhex("01000000 00000000 01 00 00 00 00000000")))
+    assert session.get_version() == (1, "v7", (1, 0, 0, 0))
+    peer.sendall(frame(1, 1, HYPERCALL_EVENT[:4] + b"\x0b" + HYPERCALL_EVENT[5:] + b"\1" + bytes(7)))
+    assert session.next_event().data == SingleStep(failed=1)
+
+
+def test_a_v12_kernel_is_refused_by_name(ends):
+    peer, session = ends
+    peer.sendall(frame(2, 1, bytes(8) + bytes.fromhex("01000000 f81f0000")))
+    with pytest.raises(UnsupportedDialect, match="the kernel speaks KVMI v12"):
+        session.get_version()
+
+
 def test_a_peer_that_does_not_answer_is_a_timeout(ends):
     _, session = ends
     with pytest.raises(SessionTimeout, match=r"get-max-gfn: no answer in 0\.1 s"):
         session.max_gfn()
+
+
+def test_one_of_many_answers_that_does_not_come_is_a_timeout(ends):
+    peer, session = ends
+    peer.sendall(bytes.fromhex("1d00 1000 01000000 00000000 00000000 0700000000000000"))
+    with pytest.raises(SessionTimeout, match=r"2 of 3 commands: no answer in 0\.1 s"):
+        session.ask_all([messages.max_gfn()] * 3)
+
+
+def test_many_commands_that_a_peer_does_not_read_are_a_timeout(ends):
+    _, session = ends
+    with pytest.raises(SessionTimeout, match="1000 of 1000 commands"):
+        session.ask_all([messages.write_physical(0, bytes(4096))] * 1000)
+
+
+def test_pages_that_do_not_come_are_a_timeout_and_are_not_taken_for_the_next_ones(ends):
+    peer, session = ends
+    late = frame(Command.READ_PHYSICAL, 1, bytes(8) + b"\xaa" * 4096) + frame(Command.READ_PHYSICAL, 2, bytes(8 + 4096))
+    peer.sendall(late[:1000])
+    with pytest.raises(SessionTimeout, match=r"2 pages: no answer in 0\.1 s"):
+        session.read_pages(0, bytearray(2 * 4096))
+    peer.sendall(late[1000:] + frame(Command.READ_PHYSICAL, 3, bytes(8) + b"\xcc" * 4096))
+    buffer = bytearray(4096)
+    session.read_pages(0, buffer)
+    assert buffer == b"\xcc" * 4096
+
+
+def test_a_peer_that_dies_in_the_middle_of_a_page_is_a_protocol_error(ends):
+    peer, session = ends
+    peer.sendall(frame(Command.READ_PHYSICAL, 1, bytes(8 + 4096))[:-1])
+    peer.shutdown(socket.SHUT_WR)
+    with pytest.raises(ProtocolError, match="middle of a message"):
+        session.read_pages(0, bytearray(4096))
+
+
+def test_the_end_between_two_pages_is_the_end(ends):
+    peer, session = ends
+    peer.sendall(frame(Command.READ_PHYSICAL, 1, bytes(8 + 4096)))
+    peer.shutdown(socket.SHUT_WR)
+    with pytest.raises(SessionClosed):
+        session.read_pages(0, bytearray(2 * 4096))
 
 
 def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(ends):
@@ -403,7 +565,6 @@ def test_an_answer_that_nobody_asked_for_is_a_protocol_error(ends):
 def test_a_peer_that_floods_instead_of_answering_does_not_fill_our_memory(ends):
     peer, session = ends
     session.timeout = 30.0
-    flood = b"".join(frame(1, seq, HYPERCALL_EVENT) for seq in range(1, 101))
     peer.setblocking(False)
 
     class Flooding:
@@ -416,10 +577,10 @@ def test_a_peer_that_floods_instead_of_answering_does_not_fill_our_memory(ends):
         def refill(self) -> None:
             try:
                 while self.sent <= MAX_WAITING_EVENTS + 200:
-                    self.left = self.left or flood
-                    count = peer.send(self.left)
-                    self.sent += 100 if count == len(self.left) else 0
-                    self.left = self.left[count:]
+                    if not self.left:
+                        self.sent += 1
+                        self.left = frame(1, self.sent, HYPERCALL_EVENT)
+                    self.left = self.left[peer.send(self.left) :]
             except BlockingIOError:
                 pass
 

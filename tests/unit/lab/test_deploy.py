@@ -17,7 +17,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "kvmi_host" / "__init__.py").write_text("ONE = 1\n")
     (tmp_path / "tests" / "hardware").mkdir(parents=True)
     (tmp_path / "tests" / "hardware" / "test_x.py").write_text("def test_x(): pass\n")
-    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.0"\nentry-points.handlers.log = "x:y"\n')
     return tmp_path
 
 
@@ -39,9 +39,18 @@ def test_everything_has_its_place(root: Path, guests: dict[str, Path]) -> None:
         "opt/kvmi-host/lib/kvmi_host/__pycache__/__init__.cpython-311.pyc",
         "opt/kvmi-host/tests/hardware/test_x.py",
         "opt/kvmi-host/tests/hardware/__pycache__/test_x.cpython-311.pyc",
+        "opt/kvmi-host/lib/kvmi_host-1.0.dist-info/METADATA",
+        "opt/kvmi-host/lib/kvmi_host-1.0.dist-info/entry_points.txt",
         "opt/kvmi-host/pyproject.toml",
         "opt/kvmi-host/images/modewalk.elf",
     }
+
+
+def test_plugins_are_found_there(root: Path, guests: dict[str, Path]) -> None:
+    with tarfile.open(fileobj=io.BytesIO(deploy.archive(root, guests))) as tar:
+        points = tar.extractfile("opt/kvmi-host/lib/kvmi_host-1.0.dist-info/entry_points.txt")
+        assert points
+        assert points.read() == b"[handlers]\nlog = x:y\n"
 
 
 def test_launcher_can_be_run(root: Path, guests: dict[str, Path]) -> None:

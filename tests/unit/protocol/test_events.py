@@ -143,9 +143,9 @@ def test_a_common_part_whose_size_lies_is_an_error(size):
 
 
 def test_an_event_that_is_newer_than_the_library_has_its_number_and_its_vcpu():
-    event = Event(1, body(13, "0011223344"))
-    assert (event.event, event.vcpu, event.data) == (13, 3, None)
-    assert "event-13" in repr(event)
+    event = Event(1, body(14, "0011223344"))
+    assert (event.event, event.vcpu, event.data) == (14, 3, None)
+    assert "event-14" in repr(event)
 
 
 def test_an_event_cannot_be_changed_by_accident():
@@ -160,7 +160,12 @@ LSTAR_WRITE = "820000c0 00000000 0100000000000000 0200000000000000"
 @pytest.mark.parametrize(
     ("kind", "own", "action", "new_val", "reply"),
     [
+        (3, "", Action.CONTINUE, None, "0300 0000 00000000  00 03 0000 00000000"),
         (5, "", Action.CONTINUE, None, "0300 0000 00000000  00 05 0000 00000000"),
+        (7, "00" * 24, Action.CONTINUE, None, "0300 0000 00000000  00 07 0000 00000000"),
+        (8, "0201" + "00" * 6, Action.RETRY, None, "0300 0000 00000000  01 08 0000 00000000"),
+        (9, "", Action.CONTINUE, None, "0300 0000 00000000  00 09 0000 00000000"),
+        (11, "", Action.CONTINUE, None, "0300 0000 00000000  00 0b 0000 00000000"),
         (10, "", Action.CRASH, None, "0300 0000 00000000  02 0a 0000 00000000"),
         (4, "00" * 16, Action.RETRY, None, "0300 0000 00000000  01 04 0000 00000000"),
         (1, CR3_WRITE, Action.CONTINUE, None, "0300 0000 00000000  00 01 0000 00000000  0020000000000000"),

@@ -12,9 +12,11 @@ from kvmi_host.protocol import (
     MemoryType,
     ProtocolError,
     Registers,
+    State,
+    frame,
     messages,
 )
-from kvmi_host.protocol.connection import Answer
+from kvmi_host.protocol.connection import MAX_UNANSWERED, Answer
 
 REGISTERS = Registers(*range(1, 19))
 
@@ -71,6 +73,11 @@ def test_a_command_has_the_bytes_of_the_protocol(request_, command, payload):
     assert request_.payload == bytes.fromhex(payload)
 
 
+def test_every_command_that_has_a_layout_has_a_vector():
+    without_layout = {Command.EVENT_REPLY, Command.EVENT, Command.CONTROL_VE, Command.GET_MAP_TOKEN, *range(24, 27)}
+    assert {number for _, number, _ in REQUESTS} == set(Command) - without_layout
+
+
 def test_a_message_is_id_size_seq_and_payload():
     seq, answered, data = Connection().command(messages.check_event(1))
     assert (seq, answered) == (1, True)
@@ -85,9 +92,14 @@ def test_the_commands_of_a_session_count_from_one():
 @pytest.mark.parametrize(
     ("request_", "answer", "meaning"),
     [
-        (messages.get_version(), "01000000 00000000", (1, "v6")),
-        (messages.get_version(), "01000000 00000000 01 00 00 00 00000000", (1, "v7")),
-        (messages.get_version(), "01000000 00200000", (1, "v12")),
+        (messages.check_command(17), "", None),
+        (messages.check_event(1), "", None),
+        (messages.pause_vcpu(0), "", None),
+        (messages.control_vm_events(0, True), "", None),
+        (messages.control_events(0, 1, True), "", None),
+        (messages.set_registers(0, REGISTERS), "", None),
+        (messages.write_physical(0, b"x"), "", None),
+        (messages.control_cmd_response(True, True), "", None),
         (messages.guest_info(), "04000000 00000000 00000000 00000000", 4),
         (messages.vcpu_info(0), "00ca9a3b00000000", 1_000_000_000),
         (messages.read_physical(0, 3), "010203", b"\x01\x02\x03"),
@@ -128,7 +140,6 @@ def test_the_registers_answer_is_mode_regs_sregs_and_msrs():
 @pytest.mark.parametrize(
     ("request_", "answer", "field"),
     [
-        (messages.get_version(), "0100", "version"),
         (messages.guest_info(), "040000", "vcpu_count"),
         (messages.vcpu_info(0), "00000000", "tsc_speed"),
         (messages.max_gfn(), "", "gfn"),
@@ -213,9 +224,9 @@ def answer(command, seq, error="00000000", data=""):
 def test_an_answer_is_matched_by_seq_in_any_order():
     connection = Connection()
     connection.command(messages.max_gfn())
-    connection.command(messages.get_version())
-    connection.receive_data(answer(2, 2) + answer(29, 1))
-    assert connection.next_message() == Answer(2, 2, 0, b"")
+    connection.command(messages.guest_info())
+    connection.receive_data(answer(5, 2) + answer(29, 1))
+    assert connection.next_message() == Answer(5, 2, 0, b"")
     assert connection.next_message() == Answer(29, 1, 0, b"")
     assert connection.next_message() is None
 
@@ -279,6 +290,55 @@ def test_answers_stay_on_when_switching_them_off_was_refused():
     connection.receive_data(answer(27, 1, "ffffffff"))
     connection.next_message()
     assert connection.command(messages.max_gfn())[1] is True
+
+
+def event(seq):
+    return frame(1, seq, bytes.fromhex("2002 0300 05 000000") + bytes(536))
+
+
+def received(*seqs):
+    """A connection to which events with these numbers came, each whole."""
+    connection = Connection()
+    for seq in seqs:
+        connection.receive_data(event(seq))
+        assert connection.next_message().seq == seq
+    return connection
+
+
+@pytest.mark.parametrize(
+    "seqs",
+    [(1, 2, 3), (2, 1, 3), (1, 4, 3, 2, 5), (7, 8, 9), (70000, 70001), (0xFFFFFFFE, 0xFFFFFFFF, 0, 1), (1, 4098)],
+)
+def test_event_numbers_come_once_each_but_for_what_vcpus_overtake(seqs):
+    received(*seqs)
+
+
+@pytest.mark.parametrize(
+    ("before", "seq", "why"),
+    [
+        ((1,), 1, "event 1 for the second time: the last one was 1"),
+        ((1, 2, 3), 2, "event 2 for the second time: the last one was 3"),
+        ((1, 3, 2), 2, "event 2 for the second time"),
+        ((0xFFFFFFFF, 0), 0xFFFFFFFF, "event 4294967295 for the second time: the last one was 0"),
+        ((1,), 4099, "event 4099 where 2 is due, more than 4096 skipped"),
+        ((1, 4098), 4100, "event 4100 where 4099 is due, more than 4096 skipped"),
+    ],
+)
+def test_a_number_that_came_before_or_leaves_too_many_out_breaks_the_session(before, seq, why):
+    connection = received(*before)
+    connection.receive_data(event(seq))
+    with pytest.raises(ProtocolError, match=why):
+        connection.next_message()
+    assert connection.state is State.BROKEN
+
+
+def test_a_peer_that_leaves_every_command_unanswered_does_not_fill_our_memory():
+    connection = Connection()
+    for _ in range(MAX_UNANSWERED):
+        connection.command(messages.max_gfn())
+    with pytest.raises(ProtocolError, match="65536 commands unanswered"):
+        connection.command(messages.max_gfn())
+    assert connection.state is State.BROKEN
 
 
 def test_the_reply_to_an_event_repeats_its_seq_vcpu_and_kind():
