@@ -20,8 +20,9 @@ from kvmi_host.protocol import Access, Action, msr_index
 from kvmi_host.testing.differential.steps import Deed, Driver
 from kvmi_host.testing.live import DEADLINE, LiveError, LiveGuest, hook_socket
 from kvmi_host.testing.memory import SharedMemory
-from kvmi_host.testing.peer import Reply, SimulatedKernel
+from kvmi_host.testing.peer import SimulatedKernel
 from kvmi_host.testing.puppet import Puppet, address, page
+from kvmi_host.testing.vm_state import Reply
 
 VCPUS = 2
 _MIB = 1 << 20

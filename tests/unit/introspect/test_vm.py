@@ -437,10 +437,10 @@ def test_a_page_is_watched_and_then_released(make_vm):
     replies = kernel.fire(EventId.PF, own=fault(0x1008, Access.W))
     for event in vm.events(PageWatch(0x1234, Access.W)):
         assert event.data.gpa == 0x1008
-        assert kernel.page_access(0x1000) == Access.R | Access.X
+        assert kernel.access_to(0x1000) == Access.R | Access.X
         break
     assert next_reply(replies).action == Action.CONTINUE
-    assert kernel.page_access(0x1000) == Access.ALL
+    assert kernel.access_to(0x1000) == Access.ALL
 
 
 def test_accesses_that_nobody_asked_for_go_on(make_vm):
@@ -454,7 +454,7 @@ def test_watches_of_one_page_add_up(make_vm):
     kernel, vm = make_vm()
     kernel.fire(EventId.HYPERCALL)
     for _ in vm.events(PageWatch(0x1000, Access.W), PageWatch(0x1008, Access.X), HYPERCALL):
-        assert kernel.page_access(0x1000) == Access.R
+        assert kernel.access_to(0x1000) == Access.R
         break
 
 
@@ -533,7 +533,7 @@ def test_leaving_the_block_undoes_what_was_done(make_vm, leave, error):
     assert kernel.wait_ended() == "the introspector closed"
     assert next_reply(replies).action == Action.CONTINUE
     assert kernel.memory[0x1234:0x1235] == NOP
-    assert kernel.page_access(0x2000) == Access.ALL
+    assert kernel.access_to(0x2000) == Access.ALL
     assert not kernel.enabled(EventId.HYPERCALL)
     undone = [Command.WRITE_PHYSICAL, Command.CONTROL_EVENTS, Command.SET_PAGE_ACCESS]
     assert [command for command in dict.fromkeys(kernel.carried_out) if command in undone] == undone

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from kvmi_host.protocol import Command, EventId
-from kvmi_host.testing import peer
+from kvmi_host.testing import peer, vm_state
 from kvmi_host.testing.differential import Script, SimulatedSide, disagreement, drawn, written
 from kvmi_host.testing.differential.scripts import carried_out
 from kvmi_host.testing.differential.steps import Act, Ask, Deed, Raw, Reply, Seen
@@ -42,7 +42,7 @@ def test_what_is_drawn_is_of_every_kind() -> None:
     answers = [came.answer for script in scripts for came in script.seen]
     told = {what.partition(" ")[0] for script in scripts for came in script.seen for _, what in came.events}
     assert {type(step) for step in steps} == {Act, Ask, Raw, Reply}
-    assert {step.command for step in steps if isinstance(step, Ask)} >= set(peer._COMMANDS)
+    assert {step.command for step in steps if isinstance(step, Ask)} >= vm_state.COMMANDS.keys()
     assert {answer.partition(" ")[0] for answer in answers} == {"answer", "error", "silent", "ended"}
     assert {answer for answer in answers if answer.startswith("error")} == {f"error -{n}" for n in (1, 2, 22, 95)}
     assert told >= {"cr", "msr", "breakpoint", "hypercall", "pf", "descriptor", "create-vcpu", "pause-vcpu"}
@@ -82,7 +82,7 @@ def test_vcpus_announce_themselves_before_their_pauses_and_once() -> None:
 def differs(script: Script, monkeypatch: pytest.MonkeyPatch, what: str, value: object) -> str:
     """How a simulated kernel with a fault disagrees with what was seen without it."""
     script = script._replace(seen=carried_out(script, SIMULATED))
-    monkeypatch.setattr(peer, what, value)
+    monkeypatch.setattr(vm_state if what in vars(vm_state) else peer, what, value)
     return disagreement(script, SIMULATED, SIMULATED) or ""
 
 
