@@ -7,11 +7,13 @@
  *   peer memory FD               serves READ_PHYSICAL until the introspector closes
  *
  * "events" first goes a few rounds unmeasured, then prints as JSON how long it measured, the rounds of each VM in that
- * time, and what a round of the first VM took in microseconds: that of the fastest tenth of its slices of SLICE rounds,
- * in which nobody else had a turn on its CPU. Every reply is checked. In "memory" a page holds its own address, over and
- * over; as in the kernel, commands are served in order, and none is while the answer of the one before it is not taken.
+ * time, and how long there was from one round of any VM to the next in microseconds: that of the fastest tenth of slices
+ * of at least SLICE rounds, in which nobody else had a turn on its CPU. Every reply is checked. In "memory" a page holds
+ * its own address, over and over; as in the kernel, commands are served in order, and none is while the answer of the one
+ * before it is not taken.
  */
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #include "wire.h"
@@ -19,7 +21,7 @@
 enum { WARM_UP = 300, SLICE = 100, MAX_SLICES = 100000, COMMANDS = 256, MAX_VMS = 64 };
 
 struct vm {
-	int fd, index;
+	int fd;
 	bool watched;
 	double seconds, elapsed;
 	unsigned long rounds;
@@ -28,9 +30,10 @@ struct vm {
 
 static pthread_barrier_t start;
 
-/* Of the first VM; the time of each in seconds. */
-static double slices[MAX_SLICES];
-static size_t slice_count;
+/* Of all VMs. When each slice ended, in seconds; a slice is several rounds of each VM, for they come in bursts. */
+static atomic_ulong all_rounds;
+static unsigned long slice;
+static double ends[MAX_SLICES];
 
 static void round_trip(int fd, struct cr_event *event)
 {
@@ -88,16 +91,15 @@ static void *run(void *argument)
 	for (int i = 0; i < WARM_UP; i++)
 		round_trip(vm->fd, &event);
 	pthread_barrier_wait(&start);
-	double began = now(), before = began, after;
+	double began = now(), after;
 	do {
 		round_trip(vm->fd, &event);
 		vm->rounds++;
 		after = now();
-		if (vm->rounds % SLICE)
-			continue;
-		if (!vm->index && slice_count < MAX_SLICES)
-			slices[slice_count++] = after - before;
-		before = after;
+		unsigned long number = atomic_fetch_add(&all_rounds, 1);
+
+		if (number % slice == 0 && number / slice < MAX_SLICES)
+			ends[number / slice] = after;
 	} while (after - began < vm->seconds);
 	vm->elapsed = after - began;
 	return NULL;
@@ -107,12 +109,14 @@ static void events(double seconds, bool watched, int count, char **descriptors)
 {
 	static struct vm vms[MAX_VMS];
 	double elapsed = 0;
+	size_t slices;
 
 	if (count > MAX_VMS)
 		errx(2, "%d VMs are more than %d", count, MAX_VMS);
+	slice = count * 10 > SLICE ? count * 10 : SLICE;
 	pthread_barrier_init(&start, NULL, count);
 	for (int i = 0; i < count; i++) {
-		vms[i] = (struct vm){ .fd = atoi(descriptors[i]), .index = i, .watched = watched, .seconds = seconds };
+		vms[i] = (struct vm){ .fd = atoi(descriptors[i]), .watched = watched, .seconds = seconds };
 		if ((errno = pthread_create(&vms[i].thread, NULL, run, &vms[i])))
 			err(1, "pthread_create");
 	}
@@ -121,7 +125,14 @@ static void events(double seconds, bool watched, int count, char **descriptors)
 		if (vms[i].elapsed > elapsed)
 			elapsed = vms[i].elapsed;
 	}
-	printf("{\"round_us\": %.3f, \"seconds\": %.6f, \"rounds\": [", decile(slices, slice_count) / SLICE * 1e6, elapsed);
+	slices = (all_rounds - 1) / slice;
+	if (slices > MAX_SLICES - 1)
+		slices = MAX_SLICES - 1;
+	if (!slices)
+		errx(1, "too few rounds to measure");
+	for (size_t i = 0; i < slices; i++)
+		ends[i] = ends[i + 1] - ends[i];
+	printf("{\"round_us\": %.3f, \"seconds\": %.6f, \"rounds\": [", decile(ends, slices) / slice * 1e6, elapsed);
 	for (int i = 0; i < count; i++)
 		printf("%s%lu", i ? ", " : "", vms[i].rounds);
 	printf("]}\n");
