@@ -30,7 +30,7 @@ from kvmi_host.introspect.interests import Interest
 from kvmi_host.introspect.paging import Translation
 from kvmi_host.introspect.plans import quietly, run_async
 from kvmi_host.introspect.session import PeerInfo
-from kvmi_host.introspect.watch import Watch, WatchedEvent
+from kvmi_host.introspect.watch import Watch, WatchedEvent, watched
 from kvmi_host.protocol import (
     Cpuid,
     Event,
@@ -188,17 +188,19 @@ class AsyncVm:
             plain = watch.plain
             while True:
                 event = await session.next_event() if deadline is None and watch.undisturbed else None
+                needs_plan = False
                 if event is None or event.event not in plain:
+                    needs_plan = True
                     event = await self._next(watch, event, deadline)
                     if event is None:
                         return
-                self._waiting = event = WatchedEvent.of(event)
+                self._waiting = event = watched(event)
                 yield event
                 self._waiting = None
-                if event.answer is None and event.event in plain:
-                    session.reply(event)
-                else:
+                if needs_plan or event.answer:
                     await run_async(session, watch.answer(event))
+                else:
+                    session.reply(event)
         finally:
             await self._unwatch()
 

@@ -33,7 +33,7 @@ from kvmi_host.introspect.interests import Interest
 from kvmi_host.introspect.paging import Translation
 from kvmi_host.introspect.plans import quietly, run
 from kvmi_host.introspect.session import PeerInfo, Session
-from kvmi_host.introspect.watch import Watch, WatchedEvent
+from kvmi_host.introspect.watch import Watch, WatchedEvent, watched
 from kvmi_host.protocol import (
     Cpuid,
     Event,
@@ -261,21 +261,23 @@ class Vm:
         try:
             run(session, watch.begin())
             yield watch
-            next_event, plain = session.next_event, watch.plain
+            next_event, reply, plain = session.next_event, session.reply, watch.plain
             while True:
-                # Most events need no sorting: no plan is made for them.
                 event = next_event() if deadline is None and watch.undisturbed else None
+                # Most events need no sorting: no plan is made for them.
+                needs_plan = False
                 if event is None or event.event not in plain:
+                    needs_plan = True
                     event = self._next(watch, event, deadline)
                     if event is None:
                         return
-                self._waiting = event = WatchedEvent.of(event)
+                self._waiting = event = watched(event)
                 yield event
                 self._waiting = None
-                if event.answer is None and event.event in plain:
-                    session.reply(event)
-                else:
+                if needs_plan or event.answer:
                     run(session, watch.answer(event))
+                else:
+                    reply(event)
         finally:
             self._unwatch()
 

@@ -50,11 +50,6 @@ class WatchedEvent(Event):
     answer: Reply | None = None
     registers_to_set: Registers | None = None
 
-    @staticmethod
-    def of(event: Event) -> WatchedEvent:
-        """An event, which waits from now on."""
-        return _new_tuple(_watched_as.get(type(event)) or _watched(type(event)), event)
-
     def reply(
         self,
         action: int = Action.CONTINUE,
@@ -76,13 +71,17 @@ class WatchedEvent(Event):
 
 
 _new_tuple = tuple.__new__
-_watched_as: dict[type[Event], type[WatchedEvent]] = {Event: WatchedEvent}
+_kinds: dict[type[Event], type[WatchedEvent]] = {}
 
 
-def _watched(kind: type[Event]) -> type[WatchedEvent]:
-    """The class for events that a dialect lays out its own way."""
-    watched = _watched_as[kind] = type(f"Watched{kind.__name__}", (WatchedEvent, kind), {})
-    return watched
+def watched(event: Event) -> WatchedEvent:
+    """An event, which waits from now on."""
+    kind = type(event)
+    if kind is Event:
+        return _new_tuple(WatchedEvent, event)
+    if kind not in _kinds:  # a dialect that lays out events its own way
+        _kinds[kind] = type(f"Watched{kind.__name__}", (WatchedEvent, kind), {})
+    return _new_tuple(_kinds[kind], event)
 
 
 class Watch:
