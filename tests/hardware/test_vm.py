@@ -183,11 +183,13 @@ def test_reads_of_a_page_are_seen_and_its_writes_pass(vm: Vm, puppet: Puppet) ->
 
 
 INTROSPECTOR = """
+import signal
 import sys
 import kvmi_host
 from kvmi_host import Access, Breakpoint, CR3, PageWatch
 
 name, at, page = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell has started us in the background
 with kvmi_host.attach(name, allow="full") as vm:
     events = vm.events(CR3, Breakpoint(at), PageWatch(page, Access.W))
     print(vm.memory[at : at + 1].hex(), vm.session.page_access(page), flush=True)

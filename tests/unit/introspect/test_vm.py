@@ -7,7 +7,7 @@ import logging
 import signal
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import pytest
@@ -516,6 +516,15 @@ def press_ctrl_c() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt, also where a shell has started this in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize(("leave", "error"), [(fail, LookupError), (press_ctrl_c, KeyboardInterrupt)])
 def test_leaving_the_block_undoes_what_was_done(make_vm, leave, error):
     kernel, vm = make_vm()
@@ -524,7 +533,7 @@ def test_leaving_the_block_undoes_what_was_done(make_vm, leave, error):
 
     def work() -> None:
         with vm:
-            for _ in vm.events(Breakpoint(0x1234), PageWatch(0x2000), HYPERCALL):
+            for _ in vm.events(Breakpoint(0x1234), PageWatch(0x2000), HYPERCALL, duration=5):
                 kernel.carried_out.clear()
                 leave()
 
