@@ -28,6 +28,7 @@ class Hold:
         self.keep_stepping = False
         self._held: dict[int, Event] = {}
         self._owed: Counter[int] = Counter()
+        self._left: set[int] = set()
         self._depth = 0
 
     def pause(self, waiting: Collection[int] = (), leave: Collection[int] = ()) -> Plan[None]:
@@ -37,6 +38,7 @@ class Hold:
         :param leave: vCPUs that shall go on.
         """
         self._depth += 1
+        self._left.update(leave)
         count = yield from ask(messages.guest_info())
         elsewhere = {*waiting, *leave, *self._held, *(event.vcpu for event in self.kept)}
         yield from self._stop(vcpu for vcpu in range(count) if vcpu not in elsewhere)
@@ -67,6 +69,7 @@ class Hold:
         self._depth -= 1
         if self._depth:
             return
+        self._left.clear()
         while self._held:
             _, event = self._held.popitem()
             yield Reply(event)
@@ -81,11 +84,23 @@ class Hold:
         if event.event != EventId.PAUSE_VCPU or not self._owed[event.vcpu]:
             return False
         self._owed[event.vcpu] -= 1
+        if event.vcpu in self._left:
+            yield Reply(event)
+        else:
+            yield from self.hold(event)
+        return True
+
+    def hold(self, event: Event) -> Plan[None]:
+        """Hold a vCPU with its event where there is a pause, or answer that."""
         if self._depth:
             self._held[event.vcpu] = event
         else:
             yield Reply(event)
-        return True
+
+    @property
+    def paused(self) -> bool:
+        """Whether there is a pause."""
+        return self._depth > 0
 
     @property
     def awaited(self) -> bool:

@@ -203,7 +203,7 @@ class Watch:
             return False
         elif kind == EventId.SINGLESTEP and event.vcpu == self._breakpoints.stepping:
             yield from self._breakpoints.stepped(event)
-            yield Reply(event)
+            yield from self._hold.hold(event)
             return False
         ours = self._is_ours(event)
         if self._matches(event) and not (ours and self._breakpoints.hit_again(event)):
@@ -248,9 +248,14 @@ class Watch:
         return None
 
     def _has_to_wait(self, event: Event) -> bool:
-        """While one vCPU steps over a breakpoint, which is out, what the others say has to wait."""
+        """While one vCPU steps over a breakpoint, which is out, what the others say has to wait. While the VM is
+        paused, no step is begun."""
+        if event.event == EventId.UNHOOK:
+            return False
         stepping = self._breakpoints.stepping
-        return stepping is not None and event.vcpu != stepping and event.event != EventId.UNHOOK
+        if stepping is not None:
+            return event.vcpu != stepping
+        return self._hold.paused and self._is_ours(event)
 
     def _patience(self, deadline: float | None) -> float | None:
         left = None if deadline is None else max(0.0, deadline - monotonic())

@@ -64,11 +64,13 @@ def fault(gpa: int, access: Access) -> bytes:
     return struct.pack("<QQBxHI", gpa, gpa, access, 0, 0)
 
 
-def step_when_told(kernel: SimulatedKernel, vcpu: int) -> None:
-    """The guest executes an instruction once it may, if steps are switched on."""
+def step_when_told(kernel: SimulatedKernel, vcpu: int) -> bool:
+    """The guest executes an instruction once it may; whether that makes a step."""
     kernel.await_running(vcpu)
-    if kernel.enabled(EventId.SINGLESTEP, vcpu):
+    stepped = kernel.enabled(EventId.SINGLESTEP, vcpu)
+    if stepped:
         kernel.fire(EventId.SINGLESTEP, vcpu)
+    return stepped
 
 
 # -- memory and vCPUs
@@ -357,6 +359,27 @@ def test_a_breakpoint_is_stepped_over_while_the_other_vcpus_wait(make_vm):
     assert kernel.waiting_for(0) is None
     assert kernel.waiting_for(1) is None
     assert not kernel.enabled(EventId.SINGLESTEP)
+
+
+def test_vcpus_that_meet_a_breakpoint_at_once_step_over_it_one_after_the_other(make_vm):
+    kernel, vm = make_vm(2)
+    there = Breakpoint(0x1234, physical=True)
+    replies = [kernel.fire(EventId.BREAKPOINT, vcpu, hit(0x1234)) for vcpu in (0, 1)]
+    told = []
+
+    def execute() -> None:
+        for vcpu in (0, 1):
+            told.append(next_reply(replies[vcpu]).action)
+            # The second one was asked to pause meanwhile, and is not held by that.
+            told.append(step_when_told(kernel, vcpu))
+
+    guest = threading.Thread(target=execute)
+    guest.start()
+    assert [event.vcpu for event in vm.events(there, duration=0.5)] == [0, 1]
+    guest.join()
+    assert told == [Action.RETRY, True] * 2
+    assert kernel.waiting_for(0) is None
+    assert kernel.waiting_for(1) is None
 
 
 def test_a_breakpoint_that_is_answered_retry_is_not_stepped_over(make_vm):
