@@ -98,7 +98,7 @@ def test_a_reply_can_change_what_is_written(vm: Vm, puppet: Puppet) -> None:
 
 
 def test_no_vcpu_passes_a_breakpoint_unseen(vm: Vm, puppet: Puppet) -> None:
-    rounds = 6
+    rounds = 20
     there = address("loop_nop")
     original = vm.memory[there : there + 16]
     seen: Counter[int] = Counter()
