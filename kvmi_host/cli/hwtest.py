@@ -42,7 +42,7 @@ def hwtest(
     smp: Annotated[int, typer.Option(min=1, max=16, help="CPUs of the box (not with Bochs).")] = 1,
     deadline: Annotated[
         float | None,
-        typer.Option(help="Seconds after which the suite is ended (not with Bochs). [default: 1500; debug: 6000]"),
+        typer.Option(help="Seconds after which the suite is ended (not with Bochs). [default: 1500; debug: 9000]"),
     ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the box up, to look around in it (not with Bochs).")

@@ -21,7 +21,7 @@ class Series(StrEnum):
     @property
     def patience(self) -> int:
         """How many times longer than with another kernel things may take."""
-        return 4 if self is Series.DEBUG else 1
+        return 6 if self is Series.DEBUG else 1
 
     @property
     def headers_package(self) -> str:
