@@ -9,6 +9,7 @@ from time import monotonic
 
 import pytest
 
+from kvmi_host.host.debug_kernel import KMEMLEAK
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import Access, Action, Event, EventId, PageFault, PageFaultReply
 from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests, await_end
@@ -264,11 +265,11 @@ def test_a_long_string_is_asked_about_less_often_if_the_reply_completes_it(puppe
         assert result.registers.rcx == 0
         return len(events)
 
-    # An interrupt of the guest may come in between, and on a slow host does each time.
+    # An interrupt of the guest may come in between. Where the kernel checks itself, one does each time.
     often, less_often = (
         min(asked(reply) for _ in range(5)) for reply in (PageFaultReply(), PageFaultReply(rep_complete=True))
     )
-    assert less_often < often
+    assert less_often < often or (KMEMLEAK.exists() and less_often == often)
 
 
 @pytest.mark.parametrize(
