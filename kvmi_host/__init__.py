@@ -7,9 +7,10 @@
         for event in vm.events(kvmi_host.CR3):
             print(event.vcpu, event.mode, event.data)
 
-The folders are the parts: :mod:`kvmi_host.protocol` is the wire, without I/O; :mod:`kvmi_host.introspect` holds a
-session over a socket; :mod:`kvmi_host.attach` gives a running VM's session to an introspector;
-:mod:`kvmi_host.provision` makes guests through libvirt; :mod:`kvmi_host.cli` is the ``kvmi-host`` command.
+The folders are the parts: :mod:`kvmi_host.protocol` is the wire, without I/O; :mod:`kvmi_host.introspect` is VMs, and
+sessions over a socket; :mod:`kvmi_host.attach` gives a running VM's session to an introspector;
+:mod:`kvmi_host.recording` keeps what was said; :mod:`kvmi_host.agent` is the daemon; :mod:`kvmi_host.provision` makes
+guests through libvirt; :mod:`kvmi_host.cli` is the ``kvmi-host`` command. :mod:`kvmi_host.aio` attaches for asyncio.
 """
 
 from kvmi_host.attach import attach

@@ -1,8 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The introspector: VMs with their vCPUs, memory and events, over a session with the kernel; and how to come by one.
 
-The twins for asyncio, :mod:`~kvmi_host.introspect.async_session` and :mod:`~kvmi_host.introspect.async_vm`, are not
-imported here: asyncio loads much that a blocking session never needs.
+======================================================  ===========================================================
+``vm``, ``async_vm``, ``interests``, ``handlers``       what programs use, blocking and for asyncio
+``watch``, ``breakpoints``, ``holding``, ``memory``,    how it is done, written once: as ``plans``, which do no I/O
+``paging``, ``facts``
+``session``, ``async_session``, ``batch``,              commands, events and replies over a socket
+``roundtrip``
+``listener``, ``async_listener``, ``greeting``          VMs that announce themselves
+======================================================  ===========================================================
+
+The twins for asyncio are not imported here: asyncio loads much that a blocking session never needs.
 """
 
 from kvmi_host.introspect.errors import SessionClosed, SessionError, SessionTimeout
