@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 
 import pytest
+from _pytest.capture import CaptureManager
 
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.host.debug_kernel import locks_are_checked, lost_memory
@@ -175,15 +176,19 @@ def campaign(shared: SharedGuests, pytestconfig: pytest.Config) -> Callable[...,
     """Carries out a campaign of a profile, with the seed that was asked for, and tells what it does."""
     shared.stand_aside()
     terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    capture = pytestconfig.pluginmanager.get_plugin("capturemanager")
     assert isinstance(terminal, pytest.TerminalReporter)
+    assert isinstance(capture, CaptureManager)
+
+    def tell(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            terminal.write_line(text)
 
     def carry_out(profile: Profile, *, messages: float = inf, seconds: float = inf, vcpus: int = 4) -> Report:
         seed = pytestconfig.getoption("--seed")
-        terminal.write_line("")
-        report = Campaign(
-            seed, profile, messages=messages, seconds=seconds, vcpus=vcpus, tell=terminal.write_line
-        ).run()
-        terminal.write_line(str(report))
+        tell("")
+        report = Campaign(seed, profile, messages=messages, seconds=seconds, vcpus=vcpus, tell=tell).run()
+        tell(str(report))
         return report
 
     return carry_out
