@@ -18,6 +18,7 @@ a reply                   answer an event                             None
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from kvmi_host.protocol import CommandError, Event, KvmiError, Reply, Request, messages
@@ -85,14 +86,9 @@ def run(session: Session, plan: Plan[T], heard: Callable[[Event], None] | None =
             step = plan.send(outcome) if error is None else plan.throw(error)
             outcome, error = None, None
             try:
-                if isinstance(step, Listen):
-                    outcome = session.next_event(step.timeout)
-                    if heard and outcome is not None:
-                        heard(outcome)
-                elif isinstance(step, Reply):
-                    session.reply(step.event, step.action, new_val=step.new_val, page_fault=step.page_fault)
-                else:
-                    outcome = session.ask_all(step)
+                outcome = _take(session, step)
+                if heard and isinstance(outcome, Event):
+                    heard(outcome)
             except KvmiError as failure:
                 error = failure
     except StopIteration as stop:
@@ -111,13 +107,19 @@ async def run_async(session: AsyncSession, plan: Plan[T]) -> T:
             step = plan.send(outcome) if error is None else plan.throw(error)
             outcome, error = None, None
             try:
-                if isinstance(step, Listen):
-                    outcome = await session.next_event(step.timeout)
-                elif isinstance(step, Reply):
-                    session.reply(step.event, step.action, new_val=step.new_val, page_fault=step.page_fault)
-                else:
-                    outcome = await session.ask_all(step)
+                outcome = _take(session, step)
+                if isawaitable(outcome):
+                    outcome = await outcome
             except KvmiError as failure:
                 error = failure
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
+
+
+def _take(session: Session | AsyncSession, step: Step) -> Any:
+    """Take a step: what came of it, or on an asyncio session what there is to await."""
+    if isinstance(step, Listen):
+        return session.next_event(step.timeout)
+    if isinstance(step, Reply):
+        return session.reply(step.event, step.action, new_val=step.new_val, page_fault=step.page_fault)
+    return session.ask_all(step)

@@ -17,6 +17,7 @@ from kvmi_host.protocol.framing import MAX_PAYLOAD
 from kvmi_host.protocol.ids import ALWAYS_ALLOWED
 from kvmi_host.testing.differential.sides import VCPUS
 from kvmi_host.testing.differential.steps import VCPU, Act, Ask, Deed, Raw, Reply, Step
+from kvmi_host.testing.vm_state import VCPU_COMMANDS
 
 _PAGE = 4096
 _NO_MEMORY = (1 << 27, 1 << 40, (1 << 64) - _PAGE)
@@ -119,9 +120,9 @@ class Drawing:
         good, odd = _COMMANDS[command]
         spoilt = random.random() < 0.25
         payload = (odd if spoilt and odd else good)(self)
-        if command in _OF_VCPU:
+        if command in VCPU_COMMANDS:
             payload = VCPU.pack(self._index(), 0, 0) + payload
-        least = VCPU.size if command in _OF_VCPU else 0
+        least = VCPU.size if command in VCPU_COMMANDS else 0
         how = random.random()
         if how < 0.04 and len(payload) > least:
             # Not so short that a write lacks a part of its data: that ends the session.
@@ -291,17 +292,3 @@ _COMMANDS: Mapping[Command, tuple[_Payload, _Payload | None]] = {
     Command.GET_MAX_GFN: (Drawing._nothing, None),
 }
 """How each payload is drawn, without the vCPU header: as it should be, and with a field that is not."""
-_OF_VCPU = frozenset(
-    {
-        Command.GET_VCPU_INFO,
-        Command.PAUSE_VCPU,
-        Command.CONTROL_EVENTS,
-        Command.CONTROL_CR,
-        Command.CONTROL_MSR,
-        Command.GET_REGISTERS,
-        Command.SET_REGISTERS,
-        Command.GET_CPUID,
-        Command.GET_XSAVE,
-        Command.INJECT_EXCEPTION,
-    }
-)

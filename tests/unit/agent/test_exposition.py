@@ -2,7 +2,6 @@
 """Metrics over HTTP: what is served, and that no client can hold the agent up."""
 
 import asyncio
-import functools
 import os
 from contextlib import asynccontextmanager
 
@@ -12,17 +11,9 @@ from kvmi_host.agent import exposition
 from kvmi_host.agent.errors import ConfigError
 from kvmi_host.agent.exposition import MetricsServer
 from kvmi_host.agent.metrics import Metrics
+from kvmi_host.testing.event_loop import in_a_loop
 
-DEADLINE = 20.0
 GET = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
-
-
-def in_a_loop(test):
-    @functools.wraps(test)
-    def run(*arguments, **fixtures):
-        asyncio.run(asyncio.wait_for(test(*arguments, **fixtures), DEADLINE))
-
-    return run
 
 
 @asynccontextmanager

@@ -2,7 +2,6 @@
 """The sessions of many VMs: their handlers, and that nothing one of them does harms another, or a guest."""
 
 import asyncio
-import functools
 import socket
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
@@ -15,20 +14,12 @@ from kvmi_host.agent.plugins import Setup
 from kvmi_host.agent.sessions import Sessions
 from kvmi_host.introspect import CR3, HYPERCALL, XSETBV, Breakpoint, PeerInfo
 from kvmi_host.protocol import Action, Command, EventId
+from kvmi_host.testing.event_loop import in_a_loop
 from kvmi_host.testing.peer import SimulatedKernel, next_reply
 
 WEB = PeerInfo(UUID("00112233-4455-6677-8899-aabbccddeeff"), "webserver")
 DB = PeerInfo(UUID("11112233-4455-6677-8899-aabbccddeeff"), "database")
 NAMELESS = PeerInfo(UUID(int=0))
-DEADLINE = 20.0
-
-
-def in_a_loop(test):
-    @functools.wraps(test)
-    def run(*arguments, **fixtures):
-        asyncio.run(asyncio.wait_for(test(*arguments, **fixtures), DEADLINE))
-
-    return run
 
 
 def config(handlers: Mapping[str, Setup], match: str = "*") -> Config:

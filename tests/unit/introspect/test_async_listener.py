@@ -2,7 +2,6 @@
 """Listening for VMs with asyncio: what the blocking listener does, and that nobody waits for another one."""
 
 import asyncio
-import functools
 import os
 from uuid import UUID
 
@@ -11,11 +10,11 @@ import pytest
 from kvmi_host.introspect import async_listener
 from kvmi_host.introspect.async_listener import Admission, AsyncListener
 from kvmi_host.introspect.listener import listen_at
+from kvmi_host.testing.event_loop import in_a_loop
 
 UUID_BYTES = "00112233445566778899aabbccddeeff"
 HELLO = bytes.fromhex(f"60000000 {UUID_BYTES} 00000000 00f1536500000000") + b"webserver".ljust(64, b"\0")
 ANSWER = bytes.fromhex("18000000 e5e9fa1ba31ecd1ae84f75caaa474f3a663f05f4")  # the SHA-1 of "secret"
-DEADLINE = 20.0
 
 
 class Reception:
@@ -60,14 +59,6 @@ class Reception:
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "agent.sock"
-
-
-def in_a_loop(test):
-    @functools.wraps(test)
-    def run(*arguments, **fixtures):
-        asyncio.run(asyncio.wait_for(test(*arguments, **fixtures), DEADLINE))
-
-    return run
 
 
 @in_a_loop

@@ -2,9 +2,8 @@
 """A session of asyncio with the simulated kernel: what is not as in the blocking one, and what has to be."""
 
 import asyncio
-import functools
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -13,19 +12,11 @@ from kvmi_host.introspect import SessionClosed, SessionTimeout
 from kvmi_host.introspect.async_session import AsyncSession
 from kvmi_host.introspect.session import MAX_WAITING_EVENTS
 from kvmi_host.protocol import Action, Command, CommandError, ErrorCode, EventId, ProtocolError, frame, messages
+from kvmi_host.testing.event_loop import DEADLINE, in_a_loop
 from kvmi_host.testing.peer import SimulatedKernel, next_reply
 
 CR3_WRITE = bytes.fromhex("0300 000000000000 0010000000000000 0020000000000000")
 HYPERCALL_EVENT = bytes.fromhex("2002 0000 05 000000 08") + bytes(535)
-DEADLINE = 20.0
-
-
-def in_a_loop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
-    @functools.wraps(test)
-    def run(*arguments: object, **fixtures: object) -> None:
-        asyncio.run(asyncio.wait_for(test(*arguments, **fixtures), DEADLINE))
-
-    return run
 
 
 @asynccontextmanager

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -18,17 +17,8 @@ from kvmi_host.introspect import CR3, HYPERCALL, Breakpoint, Memory, Vcpu, Vm
 from kvmi_host.introspect.async_session import AsyncSession
 from kvmi_host.introspect.async_vm import AsyncMemory, AsyncVcpu, AsyncVm
 from kvmi_host.protocol import Action, EventId, messages
+from kvmi_host.testing.event_loop import in_a_loop
 from kvmi_host.testing.peer import SimulatedKernel, next_reply
-
-DEADLINE = 20.0
-
-
-def in_a_loop(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
-    @functools.wraps(test)
-    def run(*arguments: object, **fixtures: object) -> None:
-        asyncio.run(asyncio.wait_for(test(*arguments, **fixtures), DEADLINE))
-
-    return run
 
 
 @asynccontextmanager
