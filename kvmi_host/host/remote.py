@@ -142,7 +142,7 @@ def connect(name: str, config: Path | None = None, deadline: float = 30) -> Remo
 class _Route:
     """The connections that lead to a host, all in one time."""
 
-    def __init__(self, config: paramiko.SSHConfig, stack: ExitStack, until: float, deadline: float) -> None:
+    def __init__(self, config: str, stack: ExitStack, until: float, deadline: float) -> None:
         self._config, self._stack, self._until, self._deadline = config, stack, until, deadline
         self._clients = 0
 
@@ -167,6 +167,7 @@ class _Route:
         way = self._way(to, before)
         self._stack.callback(client.close)
         self._log_in(client, to, way)
+        _check_revoked(client, to)
         return client
 
     def _way(self, to: Destination, before: paramiko.SSHClient | None) -> paramiko.Channel | socket.socket:
@@ -182,9 +183,7 @@ class _Route:
                 raise RemoteError(f"{to}: the host before it does not lead there: {error}") from error
         try:
             if to.command is not None:
-                proxy = paramiko.ProxyCommand(to.command)
-                self._stack.callback(_end, proxy)
-                return proxy  # type: ignore[return-value]  # it has what a transport needs of a socket
+                return self._proxy(to.command)
             way = socket.create_connection((to.host, to.port), timeout=self._left())
         except socket.gaierror as error:
             raise RemoteError(f"{to.name}: no address of {to.host}: {error.strerror}: is the name right?") from error
@@ -198,6 +197,16 @@ class _Route:
             raise RemoteError(f"{to}: {error.strerror or error}") from error
         self._stack.callback(way.close)
         return way
+
+    def _proxy(self, command: str) -> socket.socket:
+        """A program whose standard streams are the connection, run as ssh runs it."""
+        ours, its = socket.socketpair()
+        self._stack.callback(ours.close)
+        with its:
+            process = subprocess.Popen(["/bin/sh", "-c", f"exec {command}"], stdin=its.fileno(), stdout=its.fileno())
+        self._stack.callback(process.wait)
+        self._stack.callback(process.kill)
+        return ours
 
     def _log_in(self, client: paramiko.SSHClient, to: Destination, way: paramiko.Channel | socket.socket) -> None:
         """Check the host's key, and show ours."""
@@ -224,14 +233,24 @@ class _Route:
                 f" {error.expected_key.fingerprint}. Someone may be in between: ask the host's owner. If it was made"
                 f" anew, ssh-keygen -R '{to.key_name}'. Not connecting"
             ) from error
-        except paramiko.AuthenticationException as error:
-            raise RemoteError(_not_let_in(to, identities)) from error
-        except TimeoutError as error:
-            raise RemoteError(f"{to}: no answer within {self._deadline:g} s") from error
         except (EOFError, OSError, ValueError, paramiko.SSHException) as error:
-            if "No authentication methods" in str(error):
+            # Whatever it was that waited in vain: paramiko has another error for each.
+            if time.monotonic() >= self._until:
+                raise RemoteError(f"{to}: no answer within {self._deadline:g} s: is that an SSH server?") from error
+            if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
                 raise RemoteError(_not_let_in(to, identities)) from error
             raise RemoteError(f"{to}: no SSH connection: {error}") from error
+
+
+def _check_revoked(client: paramiko.SSHClient, to: Destination) -> None:
+    """sshd(8): a line ``@revoked NAMES KIND KEY``. paramiko passes it over, and so does this its names."""
+    transport = client.get_transport()
+    assert transport is not None  # it let us in
+    key = transport.get_remote_server_key().get_base64()
+    for file in filter(Path.exists, to.known_hosts):
+        for line in file.read_text(errors="replace").splitlines():
+            if line.startswith("@revoked") and key in line.split():
+                raise RemoteError(f"THE KEY OF {to} WAS REVOKED, says {file}: ask the host's owner. Not connecting")
 
 
 class _Refuse(paramiko.MissingHostKeyPolicy):
@@ -286,16 +305,8 @@ def _not_let_in(to: Destination, identities: list[Path]) -> str:
 def _is_encrypted(path: Path) -> bool:
     try:
         paramiko.PKey.from_path(path)
-    except paramiko.PasswordRequiredException:
+    except (TypeError, paramiko.PasswordRequiredException):  # a TypeError is cryptography's way to say it
         return True
-    except (OSError, ValueError, TypeError, paramiko.SSHException):
-        # cryptography says it with a TypeError.
-        with suppress(OSError):
-            return b"ENCRYPTED" in path.read_bytes()[:4096]
+    except (OSError, ValueError, paramiko.SSHException):
+        return False
     return False
-
-
-def _end(proxy: paramiko.ProxyCommand) -> None:
-    with suppress(OSError, paramiko.ProxyCommandFailure):
-        proxy.close()
-    proxy.process.wait()

@@ -59,8 +59,8 @@ class Destination:
         return f"{self.user}@{self.host}" + (f" port {self.port}" if self.port != _PORT else "")
 
 
-def read_config(file: Path | None = None) -> paramiko.SSHConfig:
-    """The configuration of SSH.
+def read_config(file: Path | None = None) -> str:
+    """The configuration of SSH, as one text.
 
     :param file: instead of the user's own, which is followed by the system's.
     :raise RemoteError: it cannot be read.
@@ -70,14 +70,14 @@ def read_config(file: Path | None = None) -> paramiko.SSHConfig:
     else:
         sources = [file]
     lines: list[str] = []
-    try:
-        for source in sources:
+    for source in sources:
+        try:
             lines += ["Host *", *_lines(source, _DEEPEST)]
-        return paramiko.SSHConfig.from_text("\n".join(lines))
-    except OSError as error:
-        raise RemoteError(f"{error.filename}: {error.strerror}") from error
-    except (ValueError, paramiko.SSHException) as error:
-        raise RemoteError(f"the configuration of SSH ({', '.join(map(str, sources))}): {error}") from error
+        except OSError as error:
+            raise RemoteError(f"{error.filename}: {error.strerror}") from error
+        except ValueError as error:
+            raise RemoteError(f"the configuration of SSH, {source}: {error}") from error
+    return "\n".join(lines)
 
 
 def _lines(file: Path, deepest: int) -> Iterator[str]:
@@ -101,19 +101,22 @@ def _lines(file: Path, deepest: int) -> Iterator[str]:
         yield block
 
 
-def resolve(name: str, config: paramiko.SSHConfig) -> Destination:
+def resolve(name: str, config: str) -> Destination:
     """Where a name leads to.
 
     :param name: ``[USER@]HOST[:PORT]``; an IPv6 address with a port has brackets.
+    :param config: see :func:`read_config`.
     :raise RemoteError: it is no such name, or the configuration has something for it that cannot be used.
     """
     parts = _NAME.fullmatch(name) or _BARE_IPV6.fullmatch(name)
     if parts is None:
         raise RemoteError(f"{name!r} is no host: [USER@]HOST[:PORT], or a name of ~/.ssh/config")
-    alias = parts["host"].strip("[]")
+    # The first value counts.
+    given = [f"{option} {parts[option]}" for option in ("user", "port") if parts[option]]
     try:
-        found: dict[str, Any] = dict(config.lookup(alias))
-        port = int(parts["port"] or found.get("port", _PORT))
+        settings = paramiko.SSHConfig.from_text("\n".join(["Host *", *given, config]))
+        found: dict[str, Any] = dict(settings.lookup(parts["host"].strip("[]")))
+        port = int(found.get("port", _PORT))
     except (ImportError, ValueError, paramiko.SSHException) as error:
         raise RemoteError(f"{name}: the configuration of SSH: {error}") from error
     host = str(found["hostname"]).lower()
@@ -126,7 +129,7 @@ def resolve(name: str, config: paramiko.SSHConfig) -> Destination:
         name=name,
         host=host,
         port=port,
-        user=parts["user"] or found.get("user") or getpass.getuser(),
+        user=found.get("user") or getpass.getuser(),
         key_name=found.get("hostkeyalias", own_name),
         known_hosts=tuple(Path(file).expanduser() for file in files),
         identities=tuple(Path(file).expanduser() for file in found.get("identityfile", ())),
