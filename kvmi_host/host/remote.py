@@ -23,6 +23,7 @@ from typing import Self
 import paramiko
 
 from kvmi_host.host.errors import RemoteError
+from kvmi_host.host.printable import printable
 from kvmi_host.host.ssh_config import Destination, read_config, resolve
 
 _MOST_JUMPS = 8
@@ -117,7 +118,7 @@ def execute(
 
 def said(stream: bytes | bytearray) -> str:
     """The end of a command's output for an error message."""
-    text = stream.decode(errors="replace").strip()
+    text = printable(stream.decode(errors="replace"))
     return ": " + "\n".join(text.splitlines()[-20:]) if text else ", and it said nothing"
 
 
@@ -180,7 +181,7 @@ class _Route:
                     "direct-tcpip", (to.host, to.port), ("127.0.0.1", 0), timeout=self._left()
                 )
             except (EOFError, OSError, paramiko.SSHException) as error:
-                raise RemoteError(f"{to}: the host before it does not lead there: {error}") from error
+                raise RemoteError(f"{to}: the host before it does not lead there: {printable(str(error))}") from error
         try:
             if to.command is not None:
                 return self._proxy(to.command)
@@ -239,7 +240,7 @@ class _Route:
                 raise RemoteError(f"{to}: no answer within {self._deadline:g} s: is that an SSH server?") from error
             if isinstance(error, paramiko.AuthenticationException) or "No authentication methods" in str(error):
                 raise RemoteError(_not_let_in(to, identities)) from error
-            raise RemoteError(f"{to}: no SSH connection: {error}") from error
+            raise RemoteError(f"{to}: no SSH connection: {printable(str(error))}") from error
 
 
 def _check_revoked(client: paramiko.SSHClient, to: Destination) -> None:

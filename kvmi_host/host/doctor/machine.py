@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 from kvmi_host.host.errors import SurveyError
+from kvmi_host.host.printable import printable
 
 SURVEY = Path(__file__).with_name("survey")
 DEADLINE = 180.0
@@ -212,9 +213,3 @@ def _content(field: bytes) -> bytes:
         return b64decode(field, validate=True)
     except NotBase64:
         return b""
-
-
-def printable(text: str) -> str:
-    """A text that can do nothing to a terminal: lines stay, other control characters do not."""
-    lines = text.replace("\t", " ").splitlines()
-    return "\n".join("".join(char if char.isprintable() else "?" for char in line) for line in lines).strip()

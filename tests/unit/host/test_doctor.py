@@ -14,7 +14,8 @@ from kvmi_host import __version__
 from kvmi_host.host.doctor import CHECKS, Finding, Machine, State, examine
 from kvmi_host.host.doctor.kernel import DKMS_KEY, LOCKDOWN, PARAMETER, PTRACE_SCOPE, SECURE_BOOT, TAINTED
 from kvmi_host.host.doctor.libvirtd import APPARMOR, QEMU_CONF
-from kvmi_host.host.doctor.machine import Said, Status, printable
+from kvmi_host.host.doctor.machine import Said, Status
+from kvmi_host.host.printable import printable
 
 RELEASE, NEXT = "6.1.0-55-amd64", "6.1.0-56-amd64"
 QEMU = "/usr/bin/qemu-system-x86_64"

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from kvmi_host.host.doctor import CHECKS, Machine, examine, machine_behind, this_machine
 from kvmi_host.host.doctor import machine as machine_module
-from kvmi_host.host.doctor.machine import Said, Status, User, printable
+from kvmi_host.host.doctor.machine import Said, Status, User
 from kvmi_host.host.errors import SurveyError
+from kvmi_host.host.printable import printable
 
 Survey = Callable[[], Machine]
 
