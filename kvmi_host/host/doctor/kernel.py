@@ -22,6 +22,7 @@ LOCKDOWN = "/sys/kernel/security/lockdown"
 PTRACE_SCOPE = "/proc/sys/kernel/yama/ptrace_scope"
 TAINTED = "/proc/sys/kernel/tainted"
 
+_SERIES = Series.packaged()
 _INSTALL = "install kvmi-dkms (`make dkms` builds it)"
 _RELOAD = "stop all VMs, then modprobe -r kvm_amd kvm && modprobe kvm_amd (or kvm_intel)"
 _VENDOR_MODULES = {"svm": "kvm_amd", "vmx": "kvm_intel"}
@@ -203,11 +204,11 @@ def every_kernel(machine: Machine) -> Verdict:
     without = [release for release in installed if release not in built]
     if not without:
         return ok(f"built by DKMS for {', '.join(installed) or 'no kernel'}")
-    supported = tuple(f"{series}." for series in Series.packaged())
-    if foreign := [release for release in without if not release.startswith(supported)]:
-        remedy = f"boot a kernel of {' or '.join(Series.packaged())}, or remove the others"
-        return note(f"there are none for {', '.join(foreign)}, kernels of another series", remedy)
-    release = max(without, key=_numbers)
+    ours_to_build = [release for release in without if release.startswith(tuple(f"{series}." for series in _SERIES))]
+    if not ours_to_build:
+        remedy = f"boot a kernel of {' or '.join(_SERIES)}, or remove the others"
+        return note(f"there are none for {', '.join(without)}, of another series", remedy)
+    release = max(ours_to_build, key=_numbers)
     source = "linux-source-" + ".".join(release.split(".")[:2])
     if not machine.has(f"/lib/modules/{release}/build/Makefile"):
         first = _headers_of(release) + "; "
@@ -252,8 +253,10 @@ def lockdown(machine: Machine) -> Verdict:
 
 def ptrace(machine: Machine) -> Verdict:
     """Yama lets root take a descriptor from a VMM: pidfd_getfd(2) needs PTRACE_MODE_ATTACH, which scope 3 forbids."""
+    if theirs(machine):
+        return ok("not needed: with KVM-VMI's kernel, QEMU itself hands its VM over")
     scope = machine.read(PTRACE_SCOPE) or "0"
-    if scope != "3" or theirs(machine):
+    if scope != "3":
         return ok(f"kernel.yama.ptrace_scope is {scope}: root may take a VM's descriptor from its VMM")
     remedy = "take kernel.yama.ptrace_scope=3 out of /etc/sysctl.d, and reboot: it cannot be undone otherwise"
     return missing("kernel.yama.ptrace_scope is 3: not even root can take a VM's descriptor from its VMM", remedy)

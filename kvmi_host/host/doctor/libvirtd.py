@@ -57,15 +57,15 @@ def qemu_user(machine: Machine) -> str:
 
 
 def _setting(text: str, name: str) -> str | None:
-    """The value of a line of libvirt's configuration, of those that are no comment; the last one counts."""
-    found = re.findall(rf"^\s*{name}\s*=\s*\[?\s*[\"']?([\w.+-]+)", text, re.MULTILINE)
-    return found[-1] if found else None
+    """What libvirt's configuration sets, without quotes; comments do not count, and of several lines the last."""
+    found = re.findall(rf"^\s*{name}\s*=([^#\n]*)", text, re.MULTILINE)
+    return found[-1].strip(" \t\"'") if found else None
 
 
 def apparmor_confines(machine: Machine) -> bool:
     """Whether libvirt gives each QEMU an AppArmor profile."""
-    driver = _setting(machine.read(QEMU_CONF) or "", "security_driver")
-    return machine.read(APPARMOR) == "Y" and driver in {None, "apparmor"}
+    drivers = _setting(machine.read(QEMU_CONF) or "", "security_driver")
+    return machine.read(APPARMOR) == "Y" and (drivers is None or "apparmor" in drivers)
 
 
 def confinement(machine: Machine) -> Verdict:

@@ -22,7 +22,7 @@ SURVEY = Path(__file__).with_name("survey")
 DEADLINE = 180.0
 """Seconds for the whole survey. A program that hangs is given up by the script after 30."""
 MOST = 4 << 20
-"""Bytes that a survey may have."""
+"""Bytes that another machine's survey may have."""
 _NOT_IN_TIME = 124
 _STAT = re.compile(r"([^|]+)\|([0-7]{1,4})\|([^|]*)\|([^|]*)\|([^|]*)")
 
@@ -194,7 +194,7 @@ def this_machine(python: str = "", root: Path = Path("/")) -> Machine:
         raise SurveyError("there is no sh to look at this host with") from None
     except subprocess.TimeoutExpired:
         raise SurveyError(f"looking at this host did not end within {DEADLINE:g} s: is a program stuck?") from None
-    return Machine.parse(done.stdout[-MOST:])
+    return Machine.parse(done.stdout)
 
 
 def machine_behind(shell: Shell, deadline: float = DEADLINE) -> Machine:

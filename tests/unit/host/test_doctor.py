@@ -177,7 +177,12 @@ CASES = (
         without=(f"/lib/modules/{NEXT}/updates/dkms/kvm.ko", "/usr/src/linux-source-6.1.tar.xz"),
     ),
     Case(
-        *("modules for each kernel", NOTE, "6.5.0-1-amd64, kernels of another series", "6.1 or 6.12"),
+        *("modules for each kernel", NOTE, "none for 6.5.0-1-amd64, of another series", "6.1 or 6.12"),
+        there=("/lib/modules/6.5.0-1-amd64/kernel",),
+    ),
+    Case(
+        *("modules for each kernel", NOTE, "6.5.0-1-amd64", f"dkms autoinstall -k {NEXT}"),
+        without=(f"/lib/modules/{NEXT}/updates/dkms/kvm.ko",),
         there=("/lib/modules/6.5.0-1-amd64/kernel",),
     ),
     Case(
@@ -195,6 +200,7 @@ CASES = (
     Case("lockdown", NOTE, "integrity", "signed", {**STOCK, LOCKDOWN: "none [integrity] confidentiality"}),
     Case("lockdown", OK, "our modules are loaded", "", {LOCKDOWN: "none [integrity] confidentiality"}),
     Case("ptrace", MISSING, "ptrace_scope is 3", "/etc/sysctl.d", {PTRACE_SCOPE: "3\n"}),
+    Case("ptrace", OK, "KVM-VMI", "", {**STOCK, PTRACE_SCOPE: "3"}, {"capabilities": KVM_VMI}),
     Case("ptrace", OK, "is 0", "", {PTRACE_SCOPE: None}),
     Case("kernel's health", NOTE, "an oops, a warning", "dmesg", {TAINTED: str(1 << 7 | 1 << 9)}),
     Case("kernel's health", UNKNOWN, "says nothing", "/proc", {TAINTED: None}),
@@ -231,6 +237,7 @@ CASES = (
     Case("QEMU's confinement", NOTE, "runs as root", "take `user` out", {QEMU_CONF: 'user = "root"\n'}),
     Case("QEMU's confinement", NOTE, "no AppArmor profile", "apparmor", {APPARMOR: "N\n"}),
     Case("QEMU's confinement", NOTE, "no AppArmor", "security_driver", {QEMU_CONF: 'security_driver = [ "none" ]\n'}),
+    Case("QEMU's confinement", OK, "AppArmor", "", {QEMU_CONF: 'security_driver = [ "selinux", "apparmor" ]\n'}),
     Case("libvirt's hook", NOTE, "none is installed", "hooks/qemu.d", {HOOK: "#!/bin/sh\n"}),
     Case(
         *("libvirt's hook", MISSING, "not executable", "chmod 755"),
