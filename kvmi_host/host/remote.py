@@ -148,7 +148,7 @@ class _Route:
         self._clients = 0
 
     def _left(self) -> float:
-        """Seconds, at least a few: the deadline is said by whatever takes too long."""
+        """Seconds, and never none: whatever takes them says that the deadline has passed."""
         return max(0.1, self._until - time.monotonic())
 
     def client(self, to: Destination, before: paramiko.SSHClient | None = None) -> paramiko.SSHClient:

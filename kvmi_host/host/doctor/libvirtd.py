@@ -31,7 +31,7 @@ def daemon(machine: Machine) -> Verdict:
         remedy = "systemctl enable --now libvirtd.socket, or " + _INSTALL
         return missing(f"qemu:///system: {said.last_line}", remedy)
     version = machine.said("libvirt")
-    answers = f"libvirt {version.text if version else ''} answers"
+    answers = f"it answers virsh {version.last_line if version else ''}".strip()
     if said.status:
         return ok(answers)
     guests = said.text.split()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmi_host import __version__
@@ -342,6 +342,7 @@ CONTENTS = st.one_of(st.sampled_from(sorted(text.encode() for text in FILES.valu
 SAID = st.builds(Said, CONTENTS.map(lambda content: printable(content.decode(errors="replace"))), st.integers(-1, 124))
 
 
+@settings(deadline=None)
 @given(
     files=st.dictionaries(st.sampled_from(sorted(FILES)), CONTENTS),
     programs=st.dictionaries(st.sampled_from(sorted(PROGRAMS)), SAID),

@@ -100,7 +100,7 @@ def test_a_connection_that_breaks_is_an_error(remote: Remote) -> None:
 
 def test_a_connection_that_is_closed_is_an_error(remote: Remote) -> None:
     remote.close()
-    with pytest.raises(RemoteError, match=r"closed|broke"):
+    with pytest.raises(RemoteError, match="closed"):
         remote.run("true")
 
 
@@ -133,7 +133,7 @@ def test_known_hosts_that_cannot_be_read_are_an_error(
 ) -> None:
     configure({"lab": server.port})
     (home / "known").write_text("lab ssh-ed25519 notbase64!\n")
-    with pytest.raises(RemoteError, match="known"):
+    with pytest.raises(RemoteError, match=r"cannot be read: .*/known"):
         connect("lab", deadline=20)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmi_host.host.doctor import CHECKS, Machine, examine, machine_behind, this_machine
@@ -204,6 +204,7 @@ def test_a_host_without_a_shell_is_an_error_with_what_it_said() -> None:
         machine_behind(NoShell())
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=8))
 def test_whatever_comes_is_read_or_refused(lines: list[bytes]) -> None:
     machine = Machine.parse(b"\n".join([*lines, b"end"]))
