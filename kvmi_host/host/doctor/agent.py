@@ -60,7 +60,7 @@ def service(machine: Machine) -> Verdict:
     journal = machine.said("journal")
     last = f"; the last it said: {journal.last_line}" if journal and journal.text else ""
     if state == "failed" or enabled:
-        evidence = f"it is {state} ({fields.get('Result', '?')}){last}"
+        evidence = f"{state} ({fields.get('Result', '?')}){last}"
         return missing(evidence, f"kvmi-host agent --check --config {CONFIG}; systemctl restart kvmi-agent")
     return note(f"it is installed, and {state}", "systemctl enable --now kvmi-agent")
 

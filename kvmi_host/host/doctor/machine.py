@@ -24,7 +24,7 @@ DEADLINE = 180.0
 MOST = 4 << 20
 """Bytes that another machine's survey may have."""
 _NOT_IN_TIME = 124
-_STAT = re.compile(r"([^|]+)\|([0-7]{1,4})\|([^|]*)\|([^|]*)\|([^|]*)")
+_STAT = re.compile(r"([^|]+)\|([0-7]{1,4})\|([^|]*)\|(\d+)\|([^|]*)\|(\d+)\|([^|]*)")
 
 
 class Said(NamedTuple):
@@ -125,7 +125,9 @@ class Machine:
                     there.append(name)
                 case b"stat", [status]:
                     if found := _STAT.fullmatch(printable(status.decode(errors="replace"))):
-                        statuses[name] = Status(found[1], int(found[2], 8), found[3], found[4], found[5])
+                        kind_of, mode, *names, label = found.groups()
+                        owner, group = (_named(*names[at : at + 2]) for at in (0, 2))
+                        statuses[name] = Status(kind_of, int(mode, 8), owner, group, label)
                 case b"said", [content, ended]:
                     text = printable(_content(content).decode(errors="replace"))
                     programs[name] = Said(text, int(ended) if re.fullmatch(rb"[0-9]{1,3}", ended) else -1)
@@ -206,6 +208,11 @@ def machine_behind(shell: Shell, deadline: float = DEADLINE) -> Machine:
     """
     done = shell.run("sh -s -- / ''", stdin=SURVEY.read_bytes(), deadline=deadline, most=MOST)
     return Machine.parse(done.stdout or done.stderr)
+
+
+def _named(name: str, number: str) -> str:
+    """A user or group by name, or by number where the host has no name for it."""
+    return number if name == "UNKNOWN" else name
 
 
 def _content(field: bytes) -> bytes:

@@ -191,8 +191,13 @@ def test_a_file_for_others_is_denied() -> None:
 
 
 def test_a_label_is_kept() -> None:
-    machine = Machine.parse(b"stat\t/s\tsocket|600|root|qemu|system_u:object_r:x:s0\nend\n")
+    machine = Machine.parse(b"stat\t/s\tsocket|600|root|0|qemu|64055|system_u:object_r:x:s0\nend\n")
     assert machine.status("/s") == Status("socket", 0o600, "root", "qemu", "system_u:object_r:x:s0")
+
+
+def test_who_has_no_name_is_told_by_number() -> None:
+    machine = Machine.parse(b"stat\t/s\tsocket|600|UNKNOWN|61234|kvm|106|?\nend\n")
+    assert str(machine.status("/s")) == "0600 61234:kvm"
 
 
 def test_a_host_without_a_shell_is_an_error_with_what_it_said() -> None:
