@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import select
 import shlex
 import socket
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import paramiko
 
+from kvmi_host.host.errors import RemoteError
+from kvmi_host.host.remote import execute, said
 from kvmi_host.lab.errors import LabError
 
 
@@ -69,45 +70,12 @@ class Shell:
         :raise LabError: when the connection breaks, the deadline passes, or (with ``check``) the command fails.
         """
         line = argv if isinstance(argv, str) else shlex.join(argv)
-        until = time.monotonic() + deadline
-        collected = bytearray(), bytearray()
+        shown = (lambda piece: on_output(piece.decode(errors="replace"))) if on_output else None
         try:
-            with self._transport.open_session(timeout=deadline) as channel:
-                channel.settimeout(deadline)
-                channel.exec_command(line)
-                if stdin is not None:
-                    channel.sendall(stdin)
-                channel.shutdown_write()
-                while True:
-                    # Asked before reading: what came before the end is read below.
-                    ended = channel.eof_received
-                    for ready, receive, into in (
-                        (channel.recv_ready, channel.recv, collected[0]),
-                        (channel.recv_stderr_ready, channel.recv_stderr, collected[1]),
-                    ):
-                        while ready():
-                            piece = receive(65536)
-                            into += piece
-                            if on_output:
-                                on_output(piece.decode(errors="replace"))
-                    left = until - time.monotonic()
-                    if ended and channel.status_event.wait(max(0.0, left)):
-                        break
-                    if not self._transport.is_active():
-                        raise LabError(f"the SSH connection ended during `{line}`: the host is gone, or its sshd")
-                    if left <= 0:
-                        raise LabError(f"`{line}` did not end within {deadline:g} s{_said(collected[1])}")
-                    select.select([channel], [], [], left)
-                status = channel.recv_exit_status()
-        except (OSError, EOFError, paramiko.SSHException) as error:
-            raise LabError(f"the SSH connection broke during `{line}`: {type(error).__name__}: {error}") from error
-        stdout, stderr = (stream.decode(errors="replace") for stream in collected)
-        if check and status:
-            raise LabError(f"`{line}` failed with status {status}{_said(collected[1] or collected[0])}")
-        return subprocess.CompletedProcess(line, status, stdout, stderr)
-
-
-def _said(stream: bytearray) -> str:
-    """The end of a command's output for an error message."""
-    text = stream.decode(errors="replace").strip()
-    return ": " + "\n".join(text.splitlines()[-20:]) if text else ", and it said nothing"
+            done = execute(self._transport, line, stdin=stdin, deadline=deadline, on_output=shown)
+        except RemoteError as error:
+            raise LabError(str(error)) from error
+        if check and done.returncode:
+            raise LabError(f"`{line}` failed with status {done.returncode}{said(done.stderr or done.stdout)}")
+        stdout, stderr = (stream.decode(errors="replace") for stream in (done.stdout, done.stderr))
+        return subprocess.CompletedProcess(line, done.returncode, stdout, stderr)

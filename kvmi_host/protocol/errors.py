@@ -12,6 +12,8 @@
     |   +-- SessionClosed       the peer is gone: attach again
     |   +-- SessionTimeout      a deadline passed: the peer is stuck or slow
     +-- HostError               (kvmi_host.host) this host cannot do it until someone changes the host
+    +-- RemoteError             ... no SSH connection to a host, or one that broke
+    +-- SurveyError             ... a host could not be looked at
     +-- AttachError             (kvmi_host.attach) this VM cannot be attached to
     +-- RecordingError          (kvmi_host.recording) a recording cannot be written or read
     +-- ConfigError             (kvmi_host.agent) the agent's configuration cannot be used: change the file

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import libvirt
 import pytest
 
+from kvmi_host.host.doctor import examine, machine_behind
+from kvmi_host.host.remote import connect as connect_by_ssh
 from kvmi_host.lab import Box
 from kvmi_host.provision import (
     Guest,
@@ -121,3 +125,32 @@ def test_what_cannot_be_done_is_said_in_a_line(box: Box, arguments: str, status:
     assert run.returncode == status
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_the_doctor_finds_from_here_what_it_finds_there(box: Box) -> None:
+    there = [json.loads(line) for line in box.run(["kvmi-host", "doctor", "--json"], deadline=300).stdout.splitlines()]
+    config = Path(box.ssh_command()[2])
+    with connect_by_ssh("kvmi-lab", config, deadline=120) as remote:
+        here = [asdict(finding) for finding in examine(machine_behind(remote, deadline=300))]
+    assert here == there
+
+
+def test_the_doctor_misses_nothing_in_the_box_but_what_it_was_not_given(box: Box) -> None:
+    found = [json.loads(line) for line in box.run(["kvmi-host", "doctor", "--json"], deadline=300).stdout.splitlines()]
+    assert {finding["subject"]: finding["state"] for finding in found if finding["state"] != "ok"} == {
+        "kvm.introspection": "note",
+        "modules on the disk": "note",
+        "modules for each kernel": "note",
+        "kernel headers": "note",
+        "libvirt's hook": "note",
+        "agent": "note",
+        "agent's socket": "note",
+    }
+
+
+def test_the_doctor_tells_who_may_not_use_libvirt_or_kvm(box: Box) -> None:
+    run = box.run("runuser -u nobody -- kvmi-host doctor --json", deadline=300, check=False)
+    states = {finding["subject"]: finding["state"] for finding in map(json.loads, run.stdout.splitlines())}
+    assert run.returncode == 3
+    assert {subject for subject, state in states.items() if state == "missing"} == {"/dev/kvm", "libvirt's permission"}
+    assert {subject for subject, state in states.items() if state == "unknown"} == {"capability", "QEMU's confinement"}

@@ -3,7 +3,6 @@
 
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,34 +11,7 @@ import pytest
 
 from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.ssh import Shell
-
-
-class Server(paramiko.ServerInterface):
-    """Lets everyone in and runs commands with /bin/sh on this machine."""
-
-    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
-        return paramiko.common.AUTH_SUCCESSFUL
-
-    def check_channel_request(self, kind: str, chanid: int) -> int:
-        return paramiko.common.OPEN_SUCCEEDED
-
-    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
-        threading.Thread(target=self.serve, args=(channel, command.decode()), daemon=True).start()
-        return True
-
-    def serve(self, channel: paramiko.Channel, command: str) -> None:
-        if command == "hang up":
-            channel.get_transport().close()
-            return
-        if command == "hang":
-            return
-        # To the end, which the client sends when it knows that the command was accepted.
-        stdin = channel.makefile("rb").read()
-        done = subprocess.run(["/bin/sh", "-c", command], input=stdin, capture_output=True, check=False)
-        channel.sendall(done.stdout)
-        channel.sendall_stderr(done.stderr)
-        channel.send_exit_status(done.returncode)
-        channel.close()
+from kvmi_host.testing.ssh_server import SshServer
 
 
 def keypair(path: Path) -> paramiko.Ed25519Key:
@@ -65,21 +37,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> tuple[paramiko.PKey, Path,
 @pytest.fixture(scope="module")
 def port(keys: tuple[paramiko.PKey, Path, Path]) -> Iterator[int]:
     """Where the server listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def accept() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                transport = paramiko.Transport(connection)
-                transport.add_server_key(keys[0])
-                transport.start_server(event=threading.Event(), server=Server())
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield listener.getsockname()[1]
-        listener.shutdown(socket.SHUT_RDWR)
+    with SshServer(keys[0]) as server:
+        yield server.port
 
 
 @pytest.fixture

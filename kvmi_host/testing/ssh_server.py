@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""An SSH server on this machine, for tests: whose key it has and whom it lets in is theirs to say."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+from collections.abc import Container
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+import paramiko
+
+
+class SshServer:
+    """Listens on a free port of 127.0.0.1, runs commands with /bin/sh as this user, and leads on to other ports.
+
+    The commands ``hang`` and ``hang up`` do what they say.
+
+    :param key: the server's own.
+    :param authorized: the public keys, as base64, that are let in; None: everyone's.
+    :ivar asked_for: where clients wanted to be led to.
+    """
+
+    def __init__(self, key: paramiko.PKey, authorized: Container[str] | None = None) -> None:
+        self.asked_for: list[tuple[str, int]] = []
+        self._key = key
+        self._authorized = authorized
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._transports: list[paramiko.Transport] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for transport in self._transports:
+            transport.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            transport = paramiko.Transport(connection)
+            transport.add_server_key(self._key)
+            self._transports.append(transport)
+            transport.start_server(event=threading.Event(), server=_Rules(self, transport))
+
+    def lets_in(self, key: paramiko.PKey) -> bool:
+        """Whether it takes a client's key."""
+        return self._authorized is None or key.get_base64() in self._authorized
+
+
+class _Rules(paramiko.ServerInterface):
+    """What the server lets a client do."""
+
+    def __init__(self, server: SshServer, transport: paramiko.Transport) -> None:
+        self._server = server
+        self._transport = transport
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        return paramiko.common.AUTH_SUCCESSFUL if self._server.lets_in(key) else paramiko.common.AUTH_FAILED
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        return paramiko.common.OPEN_SUCCEEDED
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        threading.Thread(target=self._serve, args=(channel, command.decode()), daemon=True).start()
+        return True
+
+    def check_channel_direct_tcpip_request(
+        self, chanid: int, origin: tuple[str, int], destination: tuple[str, int]
+    ) -> int:
+        self._server.asked_for.append(destination)
+        try:
+            onward = socket.create_connection(destination)
+        except OSError:
+            return paramiko.common.OPEN_FAILED_CONNECT_FAILED
+        threading.Thread(target=self._lead, args=(onward,), daemon=True).start()
+        return paramiko.common.OPEN_SUCCEEDED
+
+    def _serve(self, channel: paramiko.Channel, command: str) -> None:
+        if command == "hang up":
+            self._transport.close()
+            return
+        if command == "hang":
+            return
+        # To the end, which the client sends when it knows that the command was accepted.
+        stdin = channel.makefile("rb").read()
+        done = subprocess.run(["/bin/sh", "-c", command], input=stdin, capture_output=True, check=False)
+        with suppress(OSError):  # the client may have gone
+            channel.sendall(done.stdout)
+            channel.sendall_stderr(done.stderr)
+            channel.send_exit_status(done.returncode)
+            channel.close()
+
+    def _lead(self, onward: socket.socket) -> None:
+        channel = self._transport.accept()
+        assert channel is not None  # it was asked for
+        threading.Thread(target=_pass, args=(channel, onward), daemon=True).start()
+        _pass(onward, channel)
+
+
+def _pass(source: socket.socket | paramiko.Channel, to: socket.socket | paramiko.Channel) -> None:
+    """Pass on what comes, until it ends."""
+    with suppress(OSError):  # the other direction has ended
+        while piece := source.recv(65536):
+            to.sendall(piece)
+    to.close()
