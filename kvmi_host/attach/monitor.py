@@ -7,12 +7,10 @@ QEMUs on the socket that their command line names.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
-from collections.abc import Awaitable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmi_host.attach.errors import MonitorRefused, MonitorUnreachable
 from kvmi_host.attach.monitor_address import monitor_sockets
@@ -21,11 +19,6 @@ from kvmi_host.provision import connect, find_domain
 
 if TYPE_CHECKING:
     import libvirt
-
-T = TypeVar("T")
-
-TIMEOUT = 10.0
-"""Seconds that a monitor has for one answer, the greeting included. A busy host's QEMU takes tens of milliseconds."""
 
 
 class Monitor(Protocol):
@@ -59,75 +52,10 @@ def open_monitor(target: Target) -> Iterator[Monitor]:
             f"process {target.pid}: its command line names no QMP socket (-qmp unix:PATH,server=on): use its libvirt"
             " name, if it has one"
         )
-    monitor = QmpMonitor(sockets[0])
-    try:
+    from kvmi_host.attach.qmp import QmpMonitor  # here: it loads asyncio, and most who attach need no monitor
+
+    with closing(QmpMonitor(sockets[0])) as monitor:
         yield monitor
-    finally:
-        monitor.close()
-
-
-class QmpMonitor:
-    """QMP on a UNIX socket."""
-
-    def __init__(self, path: str, timeout: float = TIMEOUT) -> None:
-        """
-        :param path: where QEMU listens.
-        :param timeout: seconds that each answer may take.
-        :raise MonitorUnreachable: nobody listens there, or QEMU serves someone else.
-        """
-        from qemu.qmp import QMPClient  # here: most who attach need no monitor
-
-        self._path = path
-        self._timeout = timeout
-        self._runner = asyncio.Runner()
-        self._client = QMPClient("kvmi-host")
-        # What it logs, it raises, too.
-        self._client.logger = logging.Logger("kvmi_host.attach.monitor", logging.CRITICAL + 1)
-        try:
-            self._run(self._client.connect(path), "its greeting")
-        except BaseException:
-            self._runner.close()
-            raise
-
-    def close(self) -> None:
-        """Leave the monitor to others. May be called again."""
-        from qemu.qmp import QMPError
-
-        try:
-            self._runner.run(asyncio.wait_for(self._client.disconnect(), self._timeout))
-        except (OSError, EOFError, QMPError):
-            pass  # it is gone, and that is what is wanted
-        finally:
-            self._runner.close()
-
-    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
-        """See :meth:`Monitor.execute`."""
-        from qemu.qmp import ExecuteError
-
-        try:
-            return self._run(self._client.execute(command, dict(arguments or {})), command)
-        except ExecuteError as error:
-            raise MonitorRefused(command, error.error_class, str(error)) from error
-
-    def _run(self, awaitable: Awaitable[T], what: str) -> T:
-        from qemu.qmp import ExecuteError, QMPError
-
-        async def in_time() -> T:
-            async with asyncio.timeout(self._timeout):
-                return await awaitable
-
-        try:
-            return self._runner.run(in_time())
-        except ExecuteError:
-            raise
-        except TimeoutError:
-            raise MonitorUnreachable(
-                f"QEMU's monitor at {self._path}: no answer to {what} in {self._timeout:g} s: it serves one client at a"
-                " time: end the other one (libvirt, qmp-shell)"
-            ) from None
-        except (OSError, EOFError, QMPError) as error:
-            why = str(error) or "it hung up"
-            raise MonitorUnreachable(f"QEMU's monitor at {self._path}: {why}: does QEMU listen there?") from error
 
 
 class LibvirtMonitor:

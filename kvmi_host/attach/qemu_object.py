@@ -14,7 +14,6 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from secrets import token_hex
 from struct import Struct
 from time import monotonic, sleep
 
@@ -65,7 +64,7 @@ def connect_object(target: Target, timeout: float = 10.0) -> socket.socket:
     :raise AttachError: see its branches.
     :raise HandshakeError: QEMU connected and did not say which VM it is.
     """
-    cookie = token_hex().encode()  # as text: QEMU takes no other secrets
+    cookie = os.urandom(32).hex().encode()  # as text: QEMU takes no other secrets
     with open_monitor(target) as monitor, _listening_for(target) as (path, listening):
         _require_free(monitor)
         with _added(monitor, path, cookie) as keep:
@@ -142,7 +141,12 @@ def _require_free(monitor: Monitor) -> None:
 
 def _objects(monitor: Monitor) -> list[str]:
     """The ids of QEMU's introspection objects."""
-    children = monitor.execute("qom-list", {"path": "/objects"})
+    try:
+        children = monitor.execute("qom-list", {"path": "/objects"})
+    except MonitorRefused as error:
+        if error.kind == "DeviceNotFound":  # the folder is made with the first object
+            return []
+        raise
     return [child["name"] for child in children if child.get("type") == f"child<{TYPE}>"]
 
 
@@ -235,7 +239,7 @@ def _listening_for(target: Target) -> Iterator[tuple[str, socket.socket]]:
     user = _user_of(target.pid)
     folder = _RUN if os.geteuid() == 0 else Path(os.environ.get("XDG_RUNTIME_DIR") or "/tmp") / "kvmi-host"
     folder.mkdir(mode=0o755, exist_ok=True)
-    path = folder / f"{target.pid}-{token_hex(4)}.sock"
+    path = folder / f"{target.pid}-{os.urandom(4).hex()}.sock"
     listening = listen_at(path)
     try:
         if user != os.geteuid():

@@ -167,6 +167,7 @@ class SimulatedQemu:
     chardevs: dict[str, Chardev] = field(default_factory=dict)
     secrets: dict[str, bytes] = field(default_factory=dict)
     objects: dict[str, Introspection] = field(default_factory=dict)
+    _had_objects: bool = False
 
     def __enter__(self) -> Self:
         self._listening = socket.socket(socket.AF_UNIX)
@@ -256,6 +257,8 @@ class SimulatedQemu:
 
     def _children(self, path: str) -> list[dict[str, str]]:
         assert path == "/objects"
+        if not self._had_objects:
+            raise Refusal("Device '/objects' not found", "DeviceNotFound")
         children = {**dict.fromkeys(self.secrets, "secret"), **dict.fromkeys(self.objects, _OBJECT)}
         listed = [{"name": name, "type": f"child<{kind}>"} for name, kind in children.items()]
         return [{"name": "type", "type": "string"}, *listed]
@@ -303,6 +306,7 @@ class SimulatedQemu:
             )
         if id in self.secrets or id in self.objects:
             raise Refusal(f"attempt to add duplicate property '{id}' to object (type 'container')")
+        self._had_objects = True
         if qom_type == "secret":
             assert values["format"] == "base64"
             self.secrets[id] = b64decode(values["data"])

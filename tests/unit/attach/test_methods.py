@@ -3,6 +3,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +62,9 @@ def test_a_method_that_there_is_not_is_a_value_error(target):
 
 def test_the_command_offers_every_method():
     assert {*Methods} - {"auto"} == {*Method}
+
+
+def test_who_needs_no_monitor_does_not_load_what_it_takes():
+    code = "import sys, kvmi_host.attach; print(*sorted({'asyncio', 'qemu', 'libvirt', 'hashlib'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert loaded.stdout.strip() == ""

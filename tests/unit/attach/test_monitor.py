@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from kvmi_host.attach import MonitorRefused, MonitorUnreachable, Target
-from kvmi_host.attach.monitor import LibvirtMonitor, QmpMonitor, open_monitor
+from kvmi_host.attach.monitor import LibvirtMonitor, open_monitor
 from kvmi_host.attach.monitor_address import monitor_sockets
+from kvmi_host.attach.qmp import QmpMonitor
 from kvmi_host.testing.qemu import SimulatedQemu
 
 
