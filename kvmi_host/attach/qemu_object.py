@@ -39,6 +39,7 @@ RECONNECT = 10
 """Seconds after which QEMU connects again to an introspector that went away."""
 
 _RUN = Path("/run/kvmi-host")
+_PROC = Path("/proc")
 _FLAT_SINCE = (6, 0)  # object-add takes an object's properties beside its id; before, in "props"
 _SETTLED = 1.0  # seconds that a connection lasts which QEMU has not dropped at once, for a wrong cookie
 _POLL = 0.05  # seconds between two looks: QEMU tells nobody of these things
@@ -274,7 +275,7 @@ def _accept(listening: socket.socket, target: Target, path: str, timeout: float)
 
 def _user_of(pid: int) -> int:
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = (_PROC / str(pid) / "status").read_text()
     except OSError:
         raise AttachError(f"process {pid} has ended") from None
     return int(next(line for line in status.splitlines() if line.startswith("Uid:")).split()[2])
@@ -283,7 +284,7 @@ def _user_of(pid: int) -> int:
 def _confinement(target: Target, path: str) -> str:
     """What to do where AppArmor may be what keeps QEMU from the socket; empty where QEMU is not confined."""
     try:
-        label = Path(f"/proc/{target.pid}/attr/current").read_text().strip(" \n\0")
+        label = (_PROC / str(target.pid) / "attr/current").read_text().strip(" \n\0")
     except OSError:
         return ""
     if not label or label.startswith("unconfined"):

@@ -25,9 +25,111 @@ from kvmi_host.attach import MonitorRefused, attach, detach, find_target, qemu_o
 from kvmi_host.attach.monitor import Monitor, open_monitor
 from kvmi_host.provision import Guest, connect, define, destroy, find_image, start
 from kvmi_host.testing import introspector, vmm
-from kvmi_host.testing.live import DEADLINE, LiveGuest, hook
+from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests, hook
 
 pytestmark = pytest.mark.hardware
+
+
+# -- the VM is neither stopped nor slowed: first, as long as no other guest of this file runs
+
+LOAD, RECORD = 0x100000, 0x200000
+_MULTIBOOT = 0x1BADB002
+_ADDRESSES = 0x10000  # the header says where the image goes
+_LOOP = bytes.fromhex(
+    "0fa2"  # cpuid: an exit, for an emulated CPU that cannot be interrupted without
+    "0f31 89c1 29f1 89c6"  # rdtsc; ecx: since the last time round; esi: now
+    "3b0f 7602 890f"  # the record keeps the largest
+    "ff4704 ebeb"  # and counts
+)
+_BEGIN = b"\xbf" + struct.pack("<I", RECORD) + bytes.fromhex("0f31 89c6")
+
+
+@pytest.fixture
+def clock(tmp_path: Path, shared: SharedGuests) -> Iterator[tuple[LiveGuest, mmap.mmap]]:
+    """A guest that looks at its clock all the time, and its memory, which nobody needs to stop it for.
+
+    At RECORD: the largest difference of two looks, in ticks of its TSC, then how many there were.
+    """
+    shared.stand_aside()
+    header = struct.pack("<3I", _MULTIBOOT, _ADDRESSES, -(_MULTIBOOT + _ADDRESSES) & 0xFFFFFFFF)
+    code = _BEGIN + _LOOP
+    end = LOAD + 32 + len(code)
+    image = tmp_path / "clock"
+    image.write_bytes(header + struct.pack("<5I", LOAD, LOAD, end, end, LOAD + 32) + code)
+    ram = tmp_path / "ram"
+    backend = f"memory-backend-file,id=ram,size=32M,share=on,mem-path={ram}"
+    with LiveGuest(1, str(image), options=["-object", backend, "-machine", "memory-backend=ram"]) as guest:
+        guest.monitor.command("query-status")
+        with ram.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            deadline = monotonic() + DEADLINE
+            while not _looks(memory):
+                assert monotonic() < deadline, "the guest does not run"
+            yield guest, memory
+
+
+def _looks(memory: mmap.mmap) -> int:
+    return _counter(memory[RECORD + 4 : RECORD + 8])
+
+
+def _counter(data: bytes) -> int:
+    return int.from_bytes(data, "little")
+
+
+ROUNDS = 20
+FACTOR = 4
+
+
+def test_attaching_stops_the_guest_no_longer_than_a_query_of_the_monitor(
+    clock: tuple[LiveGuest, mmap.mmap],
+    record_property: Callable[[str, object], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    guest, memory = clock
+
+    def gap(what: Callable[[], None]) -> int:
+        """The guest's longest time without a look at its clock, while that goes on."""
+        memory[RECORD : RECORD + 4] = bytes(4)
+        what()
+        before = _looks(memory)
+        while _looks(memory) == before:
+            pass
+        return _counter(memory[RECORD : RECORD + 4])
+
+    def cycle() -> None:
+        attach(guest.name, timeout=DEADLINE).close()
+
+    def queries(seconds: float) -> None:
+        """No-op queries of the monitor, for as long as the cycle took: who runs longer meets more turns of the
+        scheduler."""
+        deadline = monotonic() + seconds
+        while monotonic() < deadline:
+            guest.monitor.command("query-status")
+
+    def stopped(seconds: float) -> None:
+        guest.monitor.command("stop")
+        queries(seconds)
+        guest.monitor.command("cont")
+
+    attached, queried, held = [], [], []
+    for _ in range(ROUNDS):
+        begun = monotonic()
+        attached.append(gap(cycle))
+        took = monotonic() - begun
+        queried.append(gap(lambda took=took: queries(took)))
+        held.append(gap(lambda took=took: stopped(took)))
+    ratio, control = (median(gaps) / median(queried) for gaps in (attached, held))
+    record_property("attach_gap_ratio", round(ratio, 2))
+    record_property("stopped_gap_ratio", round(control, 2))
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\nthe guest's longest gap in ticks, median of {ROUNDS}: {median(queried):.0f} with queries, with attach"
+            f" and detach {median(attached):.0f} ({ratio:.2f} x), stopped {median(held):.0f} ({control:.2f} x)\n"
+        )
+    assert control > FACTOR, "a guest that is stopped meanwhile must be seen"
+    assert ratio < FACTOR
+
+
+# -- programs
 
 
 class Program:
@@ -95,6 +197,23 @@ def cookie_file(tmp_path: Path) -> str:
     file = tmp_path / "cookie"
     file.write_bytes(b"secret")
     return str(file)
+
+
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[LiveGuest]:
+    """A running guest with one vCPU, which leaves most of the host's time to the programs of these tests."""
+    with LiveGuest(1) as guest:
+        guest.booted()
+        for thread in os.listdir(f"/proc/{guest.pid}/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), 19)
+        yield guest
+
+
+@pytest.fixture
+def guest(quiet: LiveGuest, shared: SharedGuests) -> LiveGuest:
+    """The same; the shared guests stand aside."""
+    shared.stand_aside()
+    return quiet
 
 
 # -- an introspector that listens
@@ -192,10 +311,6 @@ def test_a_vmm_that_is_no_qemu_is_attached_to_by_its_process(run: Start) -> None
     assert program.process.poll() is None
 
 
-def _counter(data: bytes) -> int:
-    return int.from_bytes(data, "little")
-
-
 # -- a libvirt guest, and QEMU's object
 
 
@@ -251,98 +366,3 @@ def test_every_step_but_the_object_is_taken_through_libvirt_and_undone(domain: s
         with pytest.raises(MonitorRefused, match="introspection"), adding:
             pass
         assert inventory(monitor) == before
-
-
-# -- the VM is neither stopped nor slowed
-
-LOAD, RECORD = 0x100000, 0x200000
-_MULTIBOOT = 0x1BADB002
-_ADDRESSES = 0x10000  # the header says where the image goes
-_LOOP = bytes.fromhex(
-    "0fa2"  # cpuid: an exit, for an emulated CPU that cannot be interrupted without
-    "0f31 89c1 29f1 89c6"  # rdtsc; ecx: since the last time round; esi: now
-    "3b0f 7602 890f"  # the record keeps the largest
-    "ff4704 ebeb"  # and counts
-)
-_BEGIN = b"\xbf" + struct.pack("<I", RECORD) + bytes.fromhex("0f31 89c6")
-
-
-@pytest.fixture
-def clock(tmp_path: Path, shared: Any) -> Iterator[tuple[LiveGuest, mmap.mmap]]:
-    """A guest that looks at its clock all the time, and its memory, which nobody needs to stop it for.
-
-    At RECORD: the largest difference of two looks, in ticks of its TSC, then how many there were.
-    """
-    shared.stand_aside()
-    header = struct.pack("<3I", _MULTIBOOT, _ADDRESSES, -(_MULTIBOOT + _ADDRESSES) & 0xFFFFFFFF)
-    code = _BEGIN + _LOOP
-    end = LOAD + 32 + len(code)
-    image = tmp_path / "clock"
-    image.write_bytes(header + struct.pack("<5I", LOAD, LOAD, end, end, LOAD + 32) + code)
-    ram = tmp_path / "ram"
-    backend = f"memory-backend-file,id=ram,size=32M,share=on,mem-path={ram}"
-    with LiveGuest(1, str(image), options=["-object", backend, "-machine", "memory-backend=ram"]) as guest:
-        guest.monitor.command("query-status")
-        with ram.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
-            deadline = monotonic() + DEADLINE
-            while not _looks(memory):
-                assert monotonic() < deadline, "the guest does not run"
-            yield guest, memory
-
-
-def _looks(memory: mmap.mmap) -> int:
-    return _counter(memory[RECORD + 4 : RECORD + 8])
-
-
-ROUNDS = 20
-FACTOR = 4
-
-
-def test_attaching_stops_the_guest_no_longer_than_a_query_of_the_monitor(
-    clock: tuple[LiveGuest, mmap.mmap],
-    record_property: Callable[[str, object], None],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    guest, memory = clock
-
-    def gap(what: Callable[[], None]) -> int:
-        """The guest's longest time without a look at its clock, while that goes on."""
-        memory[RECORD : RECORD + 4] = bytes(4)
-        what()
-        before = _looks(memory)
-        while _looks(memory) == before:
-            pass
-        return _counter(memory[RECORD : RECORD + 4])
-
-    def cycle() -> None:
-        attach(guest.name, timeout=DEADLINE).close()
-
-    def queries(seconds: float) -> None:
-        """No-op queries of the monitor, for as long as the cycle took: who runs longer meets more turns of the
-        scheduler."""
-        deadline = monotonic() + seconds
-        while monotonic() < deadline:
-            guest.monitor.command("query-status")
-
-    def stopped(seconds: float) -> None:
-        guest.monitor.command("stop")
-        queries(seconds)
-        guest.monitor.command("cont")
-
-    attached, queried, held = [], [], []
-    for _ in range(ROUNDS):
-        begun = monotonic()
-        attached.append(gap(cycle))
-        took = monotonic() - begun
-        queried.append(gap(lambda took=took: queries(took)))
-        held.append(gap(lambda took=took: stopped(took)))
-    ratio, control = (median(gaps) / median(queried) for gaps in (attached, held))
-    record_property("attach_gap_ratio", round(ratio, 2))
-    record_property("stopped_gap_ratio", round(control, 2))
-    with capsys.disabled():
-        sys.stdout.write(
-            f"\nthe guest's longest gap in ticks, median of {ROUNDS}: {median(queried):.0f} with queries, with attach"
-            f" and detach {median(attached):.0f} ({ratio:.2f} x), stopped {median(held):.0f} ({control:.2f} x)\n"
-        )
-    assert control > FACTOR, "a guest that is stopped meanwhile must be seen"
-    assert ratio < FACTOR

@@ -4,6 +4,7 @@
 import asyncio
 import os
 import socket
+from pathlib import Path
 from threading import Thread
 from uuid import UUID
 
@@ -140,6 +141,54 @@ def test_a_qemu_that_does_not_connect_is_told_apart_and_nothing_is_left(qemu, mo
     monkeypatch.setattr(qemu, "_chardev_add", misled)
     with pytest.raises(AttachRefused, match="did not connect to"):
         qemu_object.connect_object(WEBSERVER, timeout=0.1)
+    assert nothing_is_left(qemu)
+
+
+@pytest.fixture
+def proc(tmp_path, monkeypatch):
+    """What the kernel shows of this process."""
+    process = tmp_path / "proc" / str(os.getpid())
+    (process / "attr").mkdir(parents=True)
+    (process / "status").write_text(f"Name:\tqemu\nUid:\t0\t{os.geteuid()}\t0\t0\n")
+    monkeypatch.setattr(qemu_object, "_PROC", process.parent)
+    return process
+
+
+@pytest.mark.parametrize(("label", "advice"), [("libvirt-1234 (enforce)\n", True), ("unconfined\n", False)])
+def test_a_qemu_that_apparmor_confines_is_told_what_to_allow(qemu, proc, socket_path, label, advice):
+    (proc / "attr/current").write_text(label)
+    with pytest.raises(AttachError) as refused:
+        hand_over(WEBSERVER, socket_path, FULL, method="qemu-object", timeout=0.1)
+    assert (f"{socket_path} rw," in str(refused.value)) is advice
+
+
+@pytest.fixture
+def of_another_user(proc, monkeypatch):
+    """QEMU runs as user 64055; whom sockets were given to."""
+    (proc / "status").write_text("Name:\tqemu\nUid:\t64055\t64055\t64055\t64055\n")
+    given = []
+    monkeypatch.setattr(os, "chown", lambda path, user, group: given.append((path, user, group)))
+    return given
+
+
+def test_our_socket_is_for_qemus_user_alone(qemu, of_another_user):
+    with qemu_object._listening_for(WEBSERVER) as (path, _):
+        assert of_another_user == [(Path(path), 64055, -1)]
+        assert os.stat(path).st_mode & 0o777 == 0o600
+
+
+def test_who_may_not_give_a_socket_away_is_told_to_be_root(qemu, of_another_user, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(AttachRefused, match="run as root"):
+        qemu_object.connect_object(WEBSERVER)
+
+
+def test_a_user_who_is_not_qemus_is_refused(qemu, of_another_user):
+    with pytest.raises(HandshakeError, match="may not connect"):
+        qemu_object.connect_object(WEBSERVER)
     assert nothing_is_left(qemu)
 
 
