@@ -35,7 +35,7 @@ def main() -> None:
     """Run the guest."""
     kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     vm = ioctl(kvm, _CREATE_VM, 0)
-    ioctl(vm, _SET_TSS_ADDR, 0xFFFBD000)  # where Intel's CPUs keep what real mode needs
+    ioctl(vm, _SET_TSS_ADDR, 0x70000000)  # where Intel's CPUs keep what real mode needs: no memory of the guest's
     memory = mmap.mmap(-1, MEMORY)
     memory[CODE : CODE + len(_PROGRAM)] = _PROGRAM
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -75,8 +75,9 @@ def _counter(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-ROUNDS = 20
+ROUNDS = 8
 FACTOR = 4
+"""Between two medians of few gaps, each of which is a turn of the scheduler more or less."""
 
 
 def test_attaching_stops_the_guest_no_longer_than_a_query_of_the_monitor(
@@ -91,8 +92,9 @@ def test_attaching_stops_the_guest_no_longer_than_a_query_of_the_monitor(
         memory[RECORD : RECORD + 4] = bytes(4)
         what()
         before = _looks(memory)
+        deadline = monotonic() + DEADLINE
         while _looks(memory) == before:
-            pass
+            assert monotonic() < deadline, "the guest does not run any more"
         return _counter(memory[RECORD : RECORD + 4])
 
     def cycle() -> None:
@@ -125,7 +127,7 @@ def test_attaching_stops_the_guest_no_longer_than_a_query_of_the_monitor(
             f"\nthe guest's longest gap in ticks, median of {ROUNDS}: {median(queried):.0f} with queries, with attach"
             f" and detach {median(attached):.0f} ({ratio:.2f} x), stopped {median(held):.0f} ({control:.2f} x)\n"
         )
-    assert control > FACTOR, "a guest that is stopped meanwhile must be seen"
+    assert control > 2 * ratio, "a guest that is stopped as long as attaching takes must be told apart"
     assert ratio < FACTOR
 
 
