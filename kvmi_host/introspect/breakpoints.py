@@ -4,16 +4,26 @@
 To step over: every other vCPU is held, the instruction put back, one step made, INT3 put in again. No vCPU passes the
 place unseen. An interrupt may come before the instruction: then it is still to be executed, and the next hit is no new
 one.
+
+A VMM may stop a vCPU at any time, in its step as well, and waits for those that are held. So a step that does not come
+to its end is put off: all go on, and the breakpoint is met once more, which is no new hit either.
 """
 
 from __future__ import annotations
 
+from math import inf
+from time import monotonic
+
 from kvmi_host.introspect import memory
+from kvmi_host.introspect.errors import SessionTimeout
 from kvmi_host.introspect.holding import Hold
 from kvmi_host.introspect.interests import Breakpoint
 from kvmi_host.introspect.paging import NotMapped, walk
-from kvmi_host.introspect.plans import Plan, ask, ask_all
+from kvmi_host.introspect.plans import Plan, ask, ask_all, quietly
 from kvmi_host.protocol import Action, BreakpointHit, CommandError, Event, EventId, Reply, Request, messages
+
+STEP_PATIENCE = 2.0
+"""Seconds that a step may take, and that each vCPU may take to be held for it."""
 
 _INT3 = b"\xcc"
 
@@ -29,7 +39,9 @@ class Breakpoints:
         self._hold = hold
         self._originals: dict[int, bytes] = {}
         self._over: Event | None = None
+        self._due = 0.0
         self._interrupted: dict[int, tuple[int, int]] = {}
+        self._put_off: dict[int, Event] = {}
 
     def insert(self, breakpoints: list[Breakpoint]) -> Plan[None]:
         """Put them in.
@@ -48,12 +60,12 @@ class Breakpoints:
         """Put every instruction back. Hits that were not answered are still known by :meth:`hit`."""
         yield from ask_all([messages.write_physical(gpa, original) for gpa, original in self._originals.items()])
 
-    def stop_stepping(self) -> Plan[None]:
-        """If a vCPU is in a step, it goes on without it, and so do the others."""
-        if self.stepping is not None:
-            vcpu, self.stepping = self.stepping, None
-            yield from ask(messages.control_events(vcpu, EventId.SINGLESTEP, False))
-            yield from self._hold.resume()
+    def stop_stepping(self) -> list[Request[None]]:
+        """If a vCPU is in a step, what lets it go on without it; the others are still held."""
+        if self.stepping is None:
+            return []
+        vcpu, self.stepping = self.stepping, None
+        return [messages.control_events(vcpu, EventId.SINGLESTEP, False)]
 
     def hit(self, event: Event) -> bool:
         """Whether a BREAKPOINT event is of one of these."""
@@ -70,9 +82,37 @@ class Breakpoints:
         data = event.data
         assert isinstance(data, BreakpointHit)
         self.stepping, self._over = event.vcpu, event
-        yield from self._hold.pause(leave=[event.vcpu])
-        yield from ask_all(_switch(data.gpa, self._originals[data.gpa], event.vcpu, True))
+        try:
+            yield from self._hold.pause(leave=[event.vcpu], patience=STEP_PATIENCE)
+        except SessionTimeout:
+            yield from self.put_off()
+        else:
+            yield from ask_all(_switch(data.gpa, self._originals[data.gpa], event.vcpu, True))
+            self._due = monotonic() + STEP_PATIENCE
         yield Reply(event, Action.RETRY)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that are left for the step that is being made; infinite if there is none."""
+        return inf if self.stepping is None else self._due - monotonic()
+
+    def put_off(self) -> Plan[None]:
+        """Let all vCPUs go on, with the breakpoint in."""
+        assert self._over is not None
+        over, self.stepping, self._over = self._over, None, None
+        data = over.data
+        assert isinstance(data, BreakpointHit)
+        self._interrupted[over.vcpu] = (over.registers.rip, over.registers.rsp)
+        self._put_off[over.vcpu] = over
+        # Nobody waits for the vCPU's answer: it may be stopped.
+        yield from quietly(*_switch(data.gpa, _INT3, over.vcpu, self._hold.keep_stepping))
+        yield from self._hold.resume()
+
+    def stepped_late(self, event: Event) -> Plan[None]:
+        """A SINGLESTEP event that is for others: it may be of a step that was put off, and made nevertheless."""
+        over = self._put_off.pop(event.vcpu, None)
+        if over is not None and event.rip != over.rip and not (yield from _came_between(over, event)):
+            self._interrupted.pop(event.vcpu, None)
 
     def stepped(self, event: Event) -> Plan[None]:
         """The step is made: put the breakpoint in again, and let all go on."""

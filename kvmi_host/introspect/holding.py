@@ -31,19 +31,23 @@ class Hold:
         self._left: set[int] = set()
         self._depth = 0
 
-    def pause(self, waiting: Collection[int] = (), leave: Collection[int] = ()) -> Plan[None]:
+    def pause(
+        self, waiting: Collection[int] = (), leave: Collection[int] = (), patience: float | None = None
+    ) -> Plan[None]:
         """Hold every vCPU that the guest has started. Once for each :meth:`resume` that follows.
 
         :param waiting: vCPUs that wait with an event which the caller has.
         :param leave: vCPUs that shall go on.
+        :param patience: seconds that each may take; None: as long as the session waits for an answer.
+        :raise SessionTimeout: one does not stop.
         """
         self._depth += 1
         self._left.update(leave)
         count = yield from ask(messages.guest_info())
         elsewhere = {*waiting, *leave, *self._held, *(event.vcpu for event in self.kept)}
-        yield from self._stop(vcpu for vcpu in range(count) if vcpu not in elsewhere)
+        yield from self._stop((vcpu for vcpu in range(count) if vcpu not in elsewhere), patience)
 
-    def _stop(self, vcpus: Iterable[int]) -> Plan[None]:
+    def _stop(self, vcpus: Iterable[int], patience: float | None = None) -> Plan[None]:
         running = set()
         for vcpu in vcpus:
             try:
@@ -56,7 +60,7 @@ class Hold:
             self._owed[vcpu] += 1
             running.add(vcpu)
         while running:
-            event = yield from listen()
+            event = yield from listen(patience)
             if event is None:
                 raise SessionTimeout(f"vCPUs {sorted(running)} were asked to pause, and do not")
             if not (yield from self.take(event)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from math import inf
 from time import monotonic
 
 from kvmi_host.introspect.breakpoints import Breakpoints
@@ -124,24 +125,34 @@ class Watch:
             yield from ask(messages.control_vm_events(kind, True))
         for vcpu in range((yield from ask(messages.guest_info()))):
             yield from self._take_in(vcpu)
-        yield from _set_access(self._pages)
+        yield from ask_all(_accesses(self._pages))
         yield from self._breakpoints.insert([one for one in self._interests if isinstance(one, Breakpoint)])
 
     def end(self, waiting: WatchedEvent | None = None) -> Plan[None]:
         """Breakpoints out, events off, pages released; then all vCPUs that wait may go on.
 
-        What cannot be undone is logged, and the rest is done.
+        What cannot be undone is logged, and the rest is done. If the host has asked for the session's end, nothing is
+        waited for but that the breakpoints are out: the session's end undoes the rest.
 
         :param waiting: an event that was handed out and is not answered.
         """
         self._hold.keep_stepping = False
         yield from _attempt(self._breakpoints.remove())
-        yield from _attempt(self._breakpoints.stop_stepping())
-        for vcpu in sorted(self._watched):
-            yield from _attempt(self._switch(vcpu, False))
-        for kind in sorted(self._vm_events):
-            yield from _attempt(ask(messages.control_vm_events(kind, False)))
-        yield from _attempt(_set_access(dict.fromkeys(self._pages, Access.ALL)))
+        steps = self._breakpoints.stop_stepping()
+        off = [
+            steps,
+            *(self._switches(vcpu, False) for vcpu in sorted(self._watched)),
+            *([messages.control_vm_events(kind, False)] for kind in sorted(self._vm_events)),
+            _accesses(dict.fromkeys(self._pages, Access.ALL)),
+        ]
+        if self.unhooked:
+            # The VMM may have stopped its vCPUs, to save them: none of them would answer.
+            yield from _attempt(quietly(*(request for requests in off for request in requests)))
+        else:
+            for requests in off:
+                yield from _attempt(ask_all(requests))
+        if steps:
+            yield from self._hold.resume()
         if waiting is not None:
             yield from self._let_go(waiting, waiting.answer, waiting.registers_to_set)
         while True:
@@ -179,6 +190,8 @@ class Watch:
         deadline = None if timeout is None else monotonic() + timeout
         while not self.unhooked:
             yield from self._retry()
+            if self._breakpoints.patience <= 0:
+                yield from self._breakpoints.put_off()
             if self.stopped:  # looked at last: who sets it later wakes whoever listens
                 break
             event = self._take_kept() or (yield from listen(self._patience(deadline)))
@@ -205,6 +218,8 @@ class Watch:
             yield from self._breakpoints.stepped(event)
             yield from self._hold.hold(event)
             return False
+        elif kind == EventId.SINGLESTEP:
+            yield from self._breakpoints.stepped_late(event)
         ours = self._is_ours(event)
         if self._matches(event) and not (ours and self._breakpoints.hit_again(event)):
             return True
@@ -258,16 +273,19 @@ class Watch:
         return self._hold.paused and self._is_ours(event)
 
     def _patience(self, deadline: float | None) -> float | None:
-        left = None if deadline is None else max(0.0, deadline - monotonic())
+        left = self._breakpoints.patience
+        if deadline is not None:
+            left = min(left, deadline - monotonic())
         if self._not_started:
-            return RETRY_EVERY if left is None else min(left, RETRY_EVERY)
-        return left
+            left = min(left, RETRY_EVERY)
+        return None if left == inf else max(0.0, left)
 
     # -- vCPUs
 
     def _take_in(self, vcpu: int) -> Plan[None]:
+        self._watched.add(vcpu)
         try:
-            yield from self._switch(vcpu, True)
+            yield from ask_all(self._switches(vcpu, True))
         except CommandError as error:
             if error.code != ErrorCode.EAGAIN:
                 raise
@@ -276,16 +294,14 @@ class Watch:
         else:
             self._not_started.discard(vcpu)
 
-    def _switch(self, vcpu: int, enable: bool) -> Plan[None]:
+    def _switches(self, vcpu: int, enable: bool) -> list[Request[None]]:
         requests: list[Request[None]] = [
             messages.control_events(vcpu, kind, enable)
             for kind in sorted(self._kinds - VM_EVENTS - {EventId.PAUSE_VCPU})
         ]
         for interest in self._interests:
             requests += interest.switch(vcpu, enable)
-        if enable:
-            self._watched.add(vcpu)
-        yield from ask_all(requests)
+        return requests
 
 
 def _say(answer: Reply, registers: Registers | None) -> Plan[None]:
@@ -303,14 +319,13 @@ def _pages(watches: Iterable[PageWatch]) -> dict[int, Access]:
     return pages
 
 
-def _set_access(pages: dict[int, Access]) -> Plan[None]:
+def _accesses(pages: dict[int, Access]) -> list[Request[None]]:
     gpas = sorted(pages)
-    for start in range(0, len(gpas), _MAX_PAGES):
-        part = gpas[start : start + _MAX_PAGES]
-        yield from ask(messages.set_page_access({gpa: pages[gpa] for gpa in part}))
+    parts = (gpas[start : start + _MAX_PAGES] for start in range(0, len(gpas), _MAX_PAGES))
+    return [messages.set_page_access({gpa: pages[gpa] for gpa in part}) for part in parts]
 
 
-def _attempt(plan: Plan[None]) -> Plan[None]:
+def _attempt(plan: Plan[object]) -> Plan[None]:
     try:
         yield from plan
     except CommandError as error:

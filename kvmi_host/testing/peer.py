@@ -42,6 +42,7 @@ class SimulatedKernel(VmState):
     """The kernel end of one session, served by a thread.
 
     :ivar carried_out: the commands that were, in order.
+    :ivar stopped: vCPUs that their VMM has stopped: what they are to do themselves is not done, nor answered.
     :ivar why: what ended the session, once it has.
     """
 
@@ -69,6 +70,7 @@ class SimulatedKernel(VmState):
         super().__init__(vcpus, not_started, commands, events, observe, pages)
         self._sock = sock.dup()
         self.carried_out: list[int] = []
+        self.stopped: set[int] = set()
         self.why: str | None = None
         self._observe = observe
         self._announce = announce
@@ -192,6 +194,8 @@ class SimulatedKernel(VmState):
             if len(payload) >= least and not vcpu.started:
                 self._done(command, seq, ErrorCode.EAGAIN)
                 return
+            if index in self.stopped and command != Command.PAUSE_VCPU:
+                return
         self.carried_out.append(command)
         outcome = carry_out(self, vcpu or self._vcpus[0], payload) if len(payload) >= least else ErrorCode.EINVAL
         if isinstance(outcome, bytes):
@@ -240,7 +244,7 @@ class SimulatedKernel(VmState):
     def _go_on(self, index: int) -> None:
         """What a vCPU has to tell before it runs on, the pauses last."""
         vcpu = self._vcpus[index]
-        if vcpu.waiting or not vcpu.started:
+        if vcpu.waiting or not vcpu.started or index in self.stopped:
             return
         if self._announce and not vcpu.announced and EventId.CREATE_VCPU in self._vm_events:
             vcpu.announced = True

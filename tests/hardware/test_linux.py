@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from time import monotonic, sleep
 
 import libvirt
 import pytest
@@ -18,7 +17,8 @@ import pytest
 from kvmi_host.attach import attach
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import EventId
-from kvmi_host.provision import Guest, connect, define, destroy, find_domain, find_image, start
+from kvmi_host.provision import Guest, define, destroy, find_domain, find_image
+from kvmi_host.testing.linux import LinuxGuest, linux_guest
 from kvmi_host.testing.live import DEADLINE, Walker
 
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
@@ -28,39 +28,10 @@ LIBRARY_PAGE = Path(__file__).parents[2] / "docs/library.md"
 EFER_LMA = 1 << 10
 
 
-class LinuxGuest:
-    """The small Linux guest under libvirt, and its serial log."""
-
-    vcpus = VCPUS
-
-    def __init__(self, connection: libvirt.virConnect, name: str) -> None:
-        self.name = name
-        self.connection = connection
-        self.log = Path(str(Guest(name=name, image=find_image("linux")).serial_log))
-
-    def await_growth(self, word: str = "alive") -> None:
-        """Wait for a line with `word` that is not there yet."""
-        before = self.log.read_text(errors="replace").count(word) if self.log.exists() else 0
-        deadline = monotonic() + 2 * DEADLINE
-        while not self.log.exists() or self.log.read_text(errors="replace").count(word) <= before:
-            assert monotonic() < deadline, f"no {word!r} came:\n" + self.log.read_text(errors="replace")[-2000:]
-            sleep(0.05)  # the deadline decides, not this
-
-
 @pytest.fixture(scope="module")
 def linux() -> Iterator[LinuxGuest]:
-    connection = connect("qemu:///system")
-    name = "hwtest-linux"
-    guest = LinuxGuest(connection, name)
-    guest.log.unlink(missing_ok=True)
-    define(connection, Guest(name=name, image=find_image("linux"), vcpus=VCPUS))
-    try:
-        start(connection, name)
-        guest.await_growth("userspace")
+    with linux_guest("hwtest-linux", VCPUS) as guest:
         yield guest
-    finally:
-        destroy(connection, name)
-        connection.close()
 
 
 @pytest.fixture
@@ -113,7 +84,7 @@ def test_guest_memory_is_where_the_page_tables_say(session: Session) -> None:
 
 
 def test_suspended_by_libvirt_it_can_be_hooked_and_unhooked(linux: LinuxGuest) -> None:
-    domain = find_domain(linux.connection, linux.name)
+    domain = linux.domain
     domain.suspend()
     try:
         with attach(linux.name, uri="qemu:///system", timeout=DEADLINE) as attached:

@@ -452,6 +452,63 @@ def test_leaving_within_a_step_over_a_breakpoint_ends_the_step(make_vm):
     assert kernel.waiting_for(1) is None
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("kvmi_host.introspect.breakpoints.STEP_PATIENCE", 0.05)
+
+
+def test_a_step_that_its_vmm_has_stopped_is_put_off_and_the_other_vcpus_go_on(make_vm, impatient):
+    kernel, vm = make_vm(2)
+    kernel.memory[0x1234:0x1235] = NOP
+    replies = kernel.fire(EventId.BREAKPOINT, own=hit(0x1234))
+    told: list[object] = []
+
+    def execute() -> None:
+        told.append(next_reply(replies).action)
+        kernel.stopped.add(0)
+        kernel.await_running(1)
+        told.append(kernel.memory[0x1234:0x1235])
+        kernel.stopped.clear()
+        told.append(next_reply(kernel.fire(EventId.BREAKPOINT, own=hit(0x1234))).action)
+        told.append(step_when_told(kernel, 0))
+
+    guest = threading.Thread(target=execute)
+    guest.start()
+    # It is met twice, and told of once.
+    assert len(list(vm.events(Breakpoint(0x1234, physical=True), duration=1))) == 1
+    guest.join()
+    assert told == [Action.RETRY, INT3, Action.RETRY, True]
+    assert kernel.waiting_for(1) is None
+
+
+def test_a_step_that_another_vcpu_cannot_be_held_for_is_put_off(make_vm, impatient):
+    kernel, vm = make_vm(3)
+    kernel.memory[0x1234:0x1235] = NOP
+    replies = kernel.fire(EventId.BREAKPOINT, own=hit(0x1234))
+    with closing(vm.events(Breakpoint(0x1234, physical=True))) as events:
+        kernel.stopped.add(2)
+        next(events)
+        guest = threading.Thread(target=lambda: (next_reply(replies), kernel.fire(EventId.UNHOOK)))
+        guest.start()
+        assert list(events) == []  # it goes back to its breakpoint, where its VMM can stop it
+    guest.join()
+    assert [kernel.waiting_for(vcpu) for vcpu in range(3)] == [None] * 3
+    assert not kernel.enabled(EventId.SINGLESTEP)
+    assert kernel.memory[0x1234:0x1235] == NOP
+
+
+def test_leaving_at_the_hosts_wish_waits_for_no_vcpu_and_leaves_no_breakpoint(make_vm):
+    kernel, vm = make_vm(2)
+    kernel.memory[0x1234:0x1235] = NOP
+    vm.session.timeout = 3600
+    with closing(vm.events(Breakpoint(0x1234, physical=True), CR3)) as events:
+        kernel.stopped |= {0, 1}
+        kernel.fire(EventId.UNHOOK)
+        assert list(events) == []
+    assert vm.unhooked
+    assert kernel.memory[0x1234:0x1235] == NOP
+
+
 # -- pages
 
 

@@ -71,6 +71,7 @@ void kvmi_vcpu_destroyed(struct kvm_vcpu *vcpu);
 int kvmi_capability(void);
 bool kvmi_is_ioctl(unsigned int ioctl);
 long kvmi_vm_ioctl(struct kvm *kvm, unsigned int ioctl, void __user *argp);
+void kvmi_set_memory_region(struct kvm *kvm, u64 gpa, u64 size, u32 flags);
 void kvmi_handle_request(struct kvm_vcpu *vcpu);
 
 #endif /* __KVMI_HOST_H */

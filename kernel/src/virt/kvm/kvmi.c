@@ -23,6 +23,11 @@ static bool introspection;
 module_param(introspection, bool, 0644);
 MODULE_PARM_DESC(introspection, "Let a privileged process introspect VMs");
 
+static unsigned int introspection_grace = 5;
+module_param(introspection_grace, uint, 0644);
+MODULE_PARM_DESC(introspection_grace,
+		 "Seconds that a VM waits for its introspector to leave before it is saved, migrated or reset; 0: it is not asked");
+
 /* How long a vCPU looks for its reply before it sleeps. */
 #define KVMI_SPIN_NS	(20 * NSEC_PER_USEC)
 
@@ -226,9 +231,12 @@ static int kvmi_receiver(void *arg)
 
 	add_wait_queue(sk_sleep(kvmi->sock->sk), &kvmi->sock_wait);
 	while (!READ_ONCE(kvmi->finished)) {
+		if (test_and_clear_bit(KVMI_ASK_UNHOOK, &kvmi->asked))
+			kvmi_event_unhook(kvmi);
 		kvmi_read(kvmi, NULL);
 		wait_event_idle(kvmi->wq,
 				READ_ONCE(kvmi->finished) ||
+				test_bit(KVMI_ASK_UNHOOK, &kvmi->asked) ||
 				(READ_ONCE(kvmi->readable) &&
 				 !READ_ONCE(kvmi->reader)));
 	}
@@ -494,6 +502,62 @@ void kvmi_release_vm(struct kvm *kvm)
 		kvmi_shutdown(kvmi);
 		kvmi_put(kvmi);
 	}
+}
+
+/*
+ * What the introspector put into the guest's memory is not to be saved or sent
+ * away with it, and only the introspector knows it. So it is asked to leave,
+ * once, and is given time for that. Then the session ends, if @insist, and the
+ * VMM goes on.
+ *
+ * The receiving thread does the asking: a peer that does not read is not to
+ * hold up the VMM for longer.
+ */
+void kvmi_leave(struct kvm *kvm, bool insist)
+{
+	unsigned long grace = READ_ONCE(introspection_grace);
+	struct kvmi *kvmi = kvmi_get(kvm);
+
+	if (!kvmi)
+		return;
+
+	if (grace && kvmi_wants_unhook(kvmi) &&
+	    !test_and_set_bit(KVMI_ASKED_UNHOOK, &kvmi->asked)) {
+		set_bit(KVMI_ASK_UNHOOK, &kvmi->asked);
+		wake_up(&kvmi->wq);
+		grace = min(grace, MAX_SCHEDULE_TIMEOUT / HZ) * HZ;
+		if (!wait_for_completion_killable_timeout(&kvmi->done, grace))
+			pr_warn_ratelimited("the introspector of process %d's VM does not leave\n",
+					    kvm->userspace_pid);
+	}
+	if (insist)
+		kvmi_force_unhook(kvmi);
+	kvmi_put(kvmi);
+}
+
+/*
+ * The VMM begins to log who writes to memory that the guest has already: it
+ * saves the guest, or sends it away.
+ */
+void kvmi_set_memory_region(struct kvm *kvm, u64 gpa, u64 size, u32 flags)
+{
+	struct kvm_memory_slot *slot;
+	bool begins;
+	int idx;
+
+	if (!rcu_access_pointer(kvm->kvmi.session) ||
+	    !(flags & KVM_MEM_LOG_DIRTY_PAGES))
+		return;
+
+	idx = srcu_read_lock(&kvm->srcu);
+	slot = gfn_to_memslot(kvm, gpa_to_gfn(gpa));
+	begins = slot && slot->base_gfn == gpa_to_gfn(gpa) &&
+		 slot->npages == size >> PAGE_SHIFT &&
+		 !(slot->flags & KVM_MEM_LOG_DIRTY_PAGES);
+	srcu_read_unlock(&kvm->srcu, idx);
+
+	if (begins)
+		kvmi_leave(kvm, false);
 }
 
 /* ---- vCPUs ---- */

@@ -37,6 +37,9 @@
 
 /* Messages that may wait for their vCPU; a command too many gets -EBUSY. */
 #define KVMI_MAX_JOBS		1024
+/* The receiving thread is to send the UNHOOK event; it has been told so. */
+#define KVMI_ASK_UNHOOK		0
+#define KVMI_ASKED_UNHOOK	1
 /* PAUSE events that one vCPU may owe; a command too many gets -EBUSY. */
 #define KVMI_MAX_PAUSES		1000
 
@@ -52,6 +55,8 @@ struct kvmi {
 
 	/* Set once, by the receiving thread, before it wakes the waiters. */
 	bool ended;
+	/* Bits of KVMI_ASK_*. */
+	unsigned long asked;
 	/* The receiving thread has taken the session off the VM. */
 	struct completion done;
 
@@ -151,6 +156,7 @@ struct kvmi_ctx {
 struct kvmi *kvmi_get(struct kvm *kvm);
 void kvmi_put(struct kvmi *kvmi);
 void kvmi_shutdown(struct kvmi *kvmi);
+void kvmi_leave(struct kvm *kvm, bool insist);
 struct kvmi_vcpu *kvmi_vcpu_state(struct kvmi *kvmi, struct kvm_vcpu *vcpu);
 int kvmi_add_job(struct kvmi *kvmi, struct kvm_vcpu *vcpu,
 		 struct kvmi_job *job);
@@ -172,6 +178,7 @@ int kvmi_answer(const struct kvmi_ctx *ctx, int err, const void *data,
 int kvmi_event(struct kvmi *kvmi, struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu,
 	       unsigned int id, const void *data, size_t size,
 	       const struct kvmi_vcpu_reply *expect);
+bool kvmi_wants_unhook(struct kvmi *kvmi);
 int kvmi_event_unhook(struct kvmi *kvmi);
 bool kvmi_command_served(unsigned int id);
 bool kvmi_command_changes_guest(unsigned int id);

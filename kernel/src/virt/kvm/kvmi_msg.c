@@ -910,7 +910,14 @@ int kvmi_event(struct kvmi *kvmi, struct kvmi_vcpu *iv, struct kvm_vcpu *vcpu,
 	return 0;
 }
 
-/* -ENOENT: the introspector has not asked for it. */
+/* Whether the introspector has asked for the UNHOOK event. */
+bool kvmi_wants_unhook(struct kvmi *kvmi)
+{
+	return test_bit(KVMI_EVENT_UNHOOK, kvmi->event_allowed) &&
+	       test_bit(KVMI_EVENT_UNHOOK, kvmi->vm_events);
+}
+
+/* -ENOENT: nobody has asked for it. */
 int kvmi_event_unhook(struct kvmi *kvmi)
 {
 	struct kvmi_event common = {
@@ -920,8 +927,7 @@ int kvmi_event_unhook(struct kvmi *kvmi)
 	u32 seq;
 	int err;
 
-	if (!test_bit(KVMI_EVENT_UNHOOK, kvmi->event_allowed) ||
-	    !test_bit(KVMI_EVENT_UNHOOK, kvmi->vm_events))
+	if (!kvmi_wants_unhook(kvmi))
 		return -ENOENT;
 
 	err = kvmi_send_event(kvmi, &common, NULL, 0, &seq);

@@ -107,6 +107,23 @@ void kvmi_arch_finish_regs(struct kvm_vcpu *vcpu)
 	kvm_rip_write(vcpu, vcpu->kvmi.rip);
 }
 
+/* Where the code segment of a processor begins after a reset. */
+#define KVMI_RESET_CS_BASE	0xffff0000u
+
+/*
+ * The first vCPU comes back to where it was switched on: the VMM resets the
+ * machine, or puts another state in its place. What the introspector knows of
+ * the guest, and has put into its memory, is of the past.
+ */
+void __kvmi_set_sregs(struct kvm_vcpu *vcpu, const struct kvm_sregs *sregs)
+{
+	if (kvm_vcpu_is_reset_bsp(vcpu) &&
+	    sregs->cs.base == KVMI_RESET_CS_BASE &&
+	    static_call(kvm_x86_get_segment_base)(vcpu, VCPU_SREG_CS) !=
+	    KVMI_RESET_CS_BASE)
+		kvmi_leave(vcpu->kvm, true);
+}
+
 /* ---- intercepts ---- */
 
 static void kvmi_forget_msrs(struct kvm_vcpu *vcpu)

@@ -22,6 +22,9 @@ struct x86_emulate_ctxt;
 extern unsigned long kvmi_events_not_served;
 extern bool kvmi_steps_by_tf;
 
+/* kvmi.c */
+void __kvmi_set_sregs(struct kvm_vcpu *vcpu, const struct kvm_sregs *sregs);
+
 /* kvmi_events.c */
 unsigned long __kvmi_cr_write(struct kvm_vcpu *vcpu, unsigned int cr,
 			      unsigned long old_value, unsigned long new_value);
@@ -87,6 +90,14 @@ static inline bool kvmi_wants_msr(struct kvm_vcpu *vcpu, u32 msr)
 		return false;
 	index = kvmi_msr_index(msr);
 	return index < KVMI_NUM_MSRS && test_bit(index, vcpu->kvmi.msr_writes);
+}
+
+/* The VMM sets the state of a vCPU. */
+static inline void kvmi_set_sregs(struct kvm_vcpu *vcpu,
+				  const struct kvm_sregs *sregs)
+{
+	if (kvmi_hooked(vcpu->kvm))
+		__kvmi_set_sregs(vcpu, sregs);
 }
 
 /* The guest is about to write to a control register; returns what it gets. */
