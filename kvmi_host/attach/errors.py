@@ -61,5 +61,5 @@ class MonitorRefused(AttachError):
     def __init__(self, command: str, kind: str, description: str) -> None:
         self.command = command
         self.kind = kind
-        self.description = description
-        super().__init__(f"QEMU refuses {command}: {description}")
+        self.description = "".join(letter if letter.isprintable() else "?" for letter in description)
+        super().__init__(f"QEMU refuses {command}: {self.description}")

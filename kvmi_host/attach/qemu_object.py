@@ -118,6 +118,16 @@ def leave_object(target: Target, timeout: float = 10.0) -> None:
         remove_object(target, timeout)
 
 
+@contextmanager
+def _understood() -> Iterator[None]:
+    """What QEMU returns has the shape that QMP says. As a decorator, for all that a function makes of it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as error:
+        raise MonitorUnreachable(f"QEMU's monitor returns what QMP does not know: {error!r}: is it a QEMU?") from error
+
+
+@_understood()
 def _require_object(monitor: Monitor) -> None:
     types = monitor.execute("qom-list-types", {"implements": "user-creatable", "abstract": False})
     if TYPE not in {item.get("name") for item in types}:
@@ -134,12 +144,13 @@ def _require_free(monitor: Monitor) -> None:
         chardev = str(monitor.execute("qom-get", {"path": f"/objects/{name}", "property": "chardev"}))
         leads_to, connected = _connection(monitor, chardev)
         if name != OBJECT:
-            raise AlreadyHooked(f"QEMU was started with an introspection object ({name}): it connects to {leads_to}")
+            raise AlreadyHooked(f"QEMU was started with an introspection object ({name}): it connects to {leads_to!r}")
         if connected:
-            raise AlreadyHooked(f"the VM is being introspected already, over {leads_to}: detach first")
+            raise AlreadyHooked(f"the VM is being introspected already, over {leads_to!r}: detach first")
         _remove(monitor, timeout=1.0)
 
 
+@_understood()
 def _objects(monitor: Monitor) -> list[str]:
     """The ids of QEMU's introspection objects."""
     try:
@@ -151,6 +162,7 @@ def _objects(monitor: Monitor) -> list[str]:
     return [child["name"] for child in children if child.get("type") == f"child<{TYPE}>"]
 
 
+@_understood()
 def _connection(monitor: Monitor, chardev: str) -> tuple[str, bool]:
     """Where a character device leads to, and whether it is connected."""
     for known in monitor.execute("query-chardev"):
@@ -160,6 +172,7 @@ def _connection(monitor: Monitor, chardev: str) -> tuple[str, bool]:
     return f"character device {chardev}", False
 
 
+@_understood()
 def _version(monitor: Monitor) -> tuple[int, int, int]:
     version = monitor.execute("query-version")["qemu"]
     return version["major"], version["minor"], version["micro"]

@@ -144,6 +144,10 @@ def domain(monkeypatch):
     return domain
 
 
+def test_an_error_cannot_steer_the_terminal():
+    assert "\x1b" not in str(MonitorRefused("x", "GenericError", "\x1b[2J"))
+
+
 def test_libvirt_passes_a_command_on(domain):
     domain.answer = {"return": {"status": "running"}, "id": "libvirt-9"}
     assert LibvirtMonitor(domain).execute("query-x", {"a": 1}) == {"status": "running"}

@@ -115,6 +115,18 @@ def test_a_stock_qemu_is_refused_and_left_as_it_was(qemu):
     assert {command for command in qemu.commands if "add" in command} == set()
 
 
+@pytest.mark.parametrize("command", ["qom-list-types", "qom-list", "query-version"])
+@pytest.mark.parametrize("nonsense", [None, 1, "x", [1], {"qemu": {}}])
+def test_a_monitor_that_returns_nonsense_is_an_error_and_nothing_is_left(qemu, monkeypatch, command, nonsense):
+    original = qemu._execute
+    monkeypatch.setattr(
+        qemu, "_execute", lambda name, arguments: nonsense if name == command else original(name, arguments)
+    )
+    with pytest.raises(AttachError, match="what QMP does not know"):
+        by_object()
+    assert nothing_is_left(qemu)
+
+
 STEPS = [
     "chardev-add kvmi-host-socket",
     "object-add kvmi-host-cookie",
@@ -201,7 +213,7 @@ def test_a_peer_that_is_not_that_qemu_is_refused(qemu):
 
 def test_a_vm_that_is_introspected_is_refused_and_says_where(qemu):
     with by_object() as vm:
-        with pytest.raises(AlreadyHooked, match=r"over unix:.*\.sock: detach first"):
+        with pytest.raises(AlreadyHooked, match=r"over 'unix:.*\.sock': detach first"):
             by_object()
         assert vm.session.guest_info() == 2
 
@@ -209,7 +221,7 @@ def test_a_vm_that_is_introspected_is_refused_and_says_where(qemu):
 def test_a_vm_whose_qemu_was_started_with_an_object_is_refused_and_says_where(qemu, tmp_path):
     qemu._execute("chardev-add", {"id": "own", "backend": _backend(tmp_path / "introspector.sock")})
     qemu._execute("object-add", {"qom-type": "introspection", "id": "kvmi", "props": {"chardev": "own"}})
-    with pytest.raises(AlreadyHooked, match=r"\(kvmi\): it connects to unix:.*introspector\.sock"):
+    with pytest.raises(AlreadyHooked, match=r"\(kvmi\): it connects to 'unix:.*introspector\.sock"):
         by_object()
 
 
