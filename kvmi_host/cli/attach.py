@@ -80,8 +80,9 @@ def attach(
         raise typer.BadParameter("--record is for the built-in agent, and excludes --to and --exec")
     if cookie_file and not to:
         raise typer.BadParameter("--cookie-file is for the introspector of --to")
+    cookie = _cookie(cookie_file)
     if to:
-        hand_over(find_target(vm, connect), to, rules, cookie=_cookie(cookie_file), method=method)
+        hand_over(find_target(vm, connect), to, rules, cookie=cookie, method=method)
     elif command:
         status = run_with_session(find_target(vm, connect), command, rules, method=method)
         raise typer.Exit(status if status >= 0 else _SIGNALLED - status)
