@@ -13,8 +13,14 @@ from kvmi_host.introspect.async_vm import AsyncVm
 
 
 async def attach(
-    vm: str, *, uri: str | None = None, allow: str | Iterable[str | int] | Policy = "observe", timeout: float = 10.0
+    vm: str,
+    *,
+    uri: str | None = None,
+    allow: str | Iterable[str | int] | Policy = "observe",
+    method: str = "auto",
+    timeout: float = 10.0,
 ) -> AsyncVm:
-    """Attach to a running VM of this host, as :func:`kvmi_host.attach` does. libvirt is asked in a thread."""
-    sock, peer = await asyncio.to_thread(connect_kernel, vm, uri, allow)
-    return AsyncVm(await AsyncSession.open(sock, peer=peer, timeout=timeout))
+    """Attach to a running VM of this host, as :func:`kvmi_host.attach` does. libvirt and QEMU are asked in a thread."""
+    connected = await asyncio.to_thread(connect_kernel, vm, uri, allow, method)
+    session = await AsyncSession.open(connected.sock, peer=connected.peer, timeout=timeout)
+    return AsyncVm(session, leave=connected.leave)

@@ -5,12 +5,15 @@ from kvmi_host.attach.errors import (
     AlreadyHooked,
     AttachError,
     AttachRefused,
+    MonitorRefused,
+    MonitorUnreachable,
     NoSuchVm,
     NotHooked,
     NoVmDescriptor,
     VmNotRunning,
 )
 from kvmi_host.attach.handover import hand_over, run_with_session
+from kvmi_host.attach.methods import Method
 from kvmi_host.attach.policy import FULL, OBSERVE, Policy, command_id, event_id, policy_for
 from kvmi_host.attach.release import detach
 from kvmi_host.attach.session import attach
@@ -23,6 +26,9 @@ __all__ = [
     "AlreadyHooked",
     "AttachError",
     "AttachRefused",
+    "Method",
+    "MonitorRefused",
+    "MonitorUnreachable",
     "NoSuchVm",
     "NoVmDescriptor",
     "NotHooked",

@@ -9,7 +9,9 @@
     +-- NoVmDescriptor      the process runs no KVM guest (emulated by TCG, or not a VMM)
     +-- AlreadyHooked       someone introspects this VM: detach first
     +-- NotHooked           nobody introspects this VM
-    +-- AttachRefused       the kernel or its privileges forbid it; also a HostError: the host must change
+    +-- AttachRefused       the host has no way for it, or forbids it; also a HostError: the host must change
+    +-- MonitorUnreachable  QEMU's monitor does not answer, or serves someone else
+    +-- MonitorRefused      QEMU returned an error for a command
 """
 
 from kvmi_host.host import HostError
@@ -41,4 +43,23 @@ class NotHooked(AttachError):
 
 
 class AttachRefused(AttachError, HostError):
-    """The kernel says no: modules without introspection, introspection switched off, or not privileged."""
+    """The host says no: modules and a QEMU without introspection, introspection switched off, or not privileged."""
+
+
+class MonitorUnreachable(AttachError):
+    """QEMU's monitor does not answer, or serves someone else."""
+
+
+class MonitorRefused(AttachError):
+    """QEMU returned an error.
+
+    :ivar command: for which command.
+    :ivar kind: the error's class, ``GenericError`` mostly.
+    :ivar description: QEMU's words.
+    """
+
+    def __init__(self, command: str, kind: str, description: str) -> None:
+        self.command = command
+        self.kind = kind
+        self.description = "".join(letter if letter.isprintable() else "?" for letter in description)
+        super().__init__(f"QEMU refuses {command}: {self.description}")

@@ -6,17 +6,23 @@ from __future__ import annotations
 from time import monotonic, sleep
 
 from kvmi_host.attach.errors import NotHooked
+from kvmi_host.attach.methods import Method, choose
+from kvmi_host.attach.qemu_object import remove_object
 from kvmi_host.attach.target import Target
 from kvmi_host.attach.vmfd import VmHandle
 
 
-def detach(target: Target, timeout: float = 5.0) -> bool:
+def detach(target: Target, timeout: float = 5.0, method: str = "auto") -> bool:
     """Send the introspector the UNHOOK event; end the session if it has not done so itself after `timeout` seconds.
 
+    :param method: by which the session was attached, as :func:`kvmi_host.attach.methods.choose` takes it.
     :return: whether the introspector ended it itself.
     :raise NotHooked: nobody introspects this VM.
-    :raise AttachError: see its branches.
+    :raise AttachError: QEMU's object has the session, which nobody but the introspector can end; or see its branches.
     """
+    if choose(target, method) is Method.QEMU_OBJECT:
+        remove_object(target, timeout)
+        return True
     with VmHandle(target.pid) as vm:
         asked = vm.unhook_request()
         if asked:

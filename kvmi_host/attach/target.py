@@ -19,12 +19,16 @@ _NO_UUID = UUID(int=0)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A running VM. ``uuid`` is zero for a VMM that was not given one; ``start_time``: seconds since the epoch."""
+    """A running VM. ``uuid`` is zero for a VMM that was not given one; ``start_time``: seconds since the epoch.
+
+    :ivar uri: of the libvirt that runs it; None if it was named by its process.
+    """
 
     pid: int
     name: str
     uuid: UUID
     start_time: int
+    uri: str | None = None
 
 
 def find_target(vm: str, uri: str | None = None) -> Target:
@@ -51,8 +55,8 @@ def find_target(vm: str, uri: str | None = None) -> Target:
     if not running:
         raise VmNotRunning(f"{name} is shut off: kvmi-host guest start {name}")
     for pid in _processes():
-        if _option(_command_line(pid), "-uuid") == str(uuid):
-            return Target(pid, name, uuid, _start_time(pid))
+        if _option(command_line(pid), "-uuid") == str(uuid):
+            return Target(pid, name, uuid, _start_time(pid), wanted)
     raise VmNotRunning(f"{name} is running, but no process on this host has its UUID {uuid}")
 
 
@@ -63,9 +67,9 @@ def _from_pid(vm: str) -> Target:
         raise NoSuchVm(f"{vm}: what follows pid: is a process id") from None
     if not (_PROC / str(pid)).is_dir():
         raise NoSuchVm(f"there is no process {pid}")
-    command_line = _command_line(pid)
-    name = (_option(command_line, "-name") or "").split(",", 1)[0].removeprefix("guest=")
-    uuid = _option(command_line, "-uuid")
+    words = command_line(pid)
+    name = (_option(words, "-name") or "").split(",", 1)[0].removeprefix("guest=")
+    uuid = _option(words, "-uuid")
     return Target(pid, name or vm, UUID(uuid) if uuid else _NO_UUID, _start_time(pid))
 
 
@@ -73,16 +77,17 @@ def _processes() -> Iterator[int]:
     return (int(entry) for entry in os.listdir(_PROC) if entry.isdigit())
 
 
-def _command_line(pid: int) -> list[str]:
+def command_line(pid: int) -> list[str]:
+    """The words of a process's command line; none if it has ended."""
     try:
         return (_PROC / str(pid) / "cmdline").read_text(errors="replace").split("\0")
     except OSError:
         return []  # it ended since it was listed
 
 
-def _option(command_line: list[str], option: str) -> str | None:
+def _option(words: list[str], option: str) -> str | None:
     """The argument that follows `option` on QEMU's command line."""
-    for word, value in pairwise(command_line):
+    for word, value in pairwise(words):
         if word == option:
             return value
     return None

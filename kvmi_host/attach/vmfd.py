@@ -90,11 +90,16 @@ class VmHandle:
                 _explain_allow(self.pid, f"event {event_name(event)}", error)
 
     def hooked(self) -> bool:
-        """Whether there is a session. Asked by allowing GET_VERSION, which every session may send anyway."""
+        """Whether there is a session. Asked by allowing GET_VERSION, which every session may send anyway.
+
+        :raise AttachRefused: the kernel does not serve us.
+        """
         try:
-            self.allow_commands([Command.GET_VERSION])
-        except NotHooked:
-            return False
+            kvm.allow_command(self._fd, Command.GET_VERSION)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                return False
+            _explain_hook(self.pid, error)
         return True
 
     def unhook_request(self) -> bool:

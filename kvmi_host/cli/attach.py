@@ -13,7 +13,7 @@ import typer
 
 import kvmi_host
 from kvmi_host.attach import find_target, hand_over, policy_for, run_with_session
-from kvmi_host.cli.options import Connect, Json, Vm
+from kvmi_host.cli.options import AttachMethod, Connect, Json, Methods, Vm
 from kvmi_host.cli.records import event_record, facts_record
 from kvmi_host.cli.signals import noted_signals
 from kvmi_host.cli.steering import Steering
@@ -33,6 +33,7 @@ app = typer.Typer(add_completion=False)
 
 _DEFAULT_EVENTS = "cr0,cr3,cr4,hypercall,create-vcpu"
 _FEWEST_SAMPLES = 16  # of the round trip: fewer say nothing
+_SIGNALLED = 128  # and the signal's number: the exit status that shells give to what a signal ended
 _TICK = 0.1  # seconds that a key waits at most when there are no events
 
 
@@ -56,7 +57,12 @@ def attach(
         Path | None, typer.Option(metavar="FILE", help="Record the session: replay shows it again, Wireshark opens it.")
     ] = None,
     to: Annotated[str | None, typer.Option(metavar="SOCKET", help="Give the session to who listens there.")] = None,
+    cookie_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --to: the secret that the introspector must know, as it stands there."),
+    ] = None,
     execute: Annotated[bool, typer.Option("--exec", help="Give the session to a program: --exec -- CMD ARGS.")] = False,
+    method: AttachMethod = Methods.AUTO,
     connect: Connect = None,
 ) -> None:
     """Attach to a running VM and show its events, or give its session to an introspector.
@@ -72,19 +78,29 @@ def attach(
         raise typer.BadParameter("--exec takes a program (--exec -- CMD ARGS), and excludes --to")
     if record and (to or execute):
         raise typer.BadParameter("--record is for the built-in agent, and excludes --to and --exec")
+    if cookie_file and not to:
+        raise typer.BadParameter("--cookie-file is for the introspector of --to")
+    cookie = _cookie(cookie_file)
     if to:
-        hand_over(find_target(vm, connect), to, rules)
+        hand_over(find_target(vm, connect), to, rules, cookie=cookie, method=method)
     elif command:
-        status = run_with_session(find_target(vm, connect), command, rules)
-        raise typer.Exit(status if status >= 0 else 1)
+        status = run_with_session(find_target(vm, connect), command, rules, method=method)
+        raise typer.Exit(status if status >= 0 else _SIGNALLED - status)
     else:
         with ExitStack() as stack:
             recorder = stack.enter_context(Recorder(record, vm)) if record else None
             tap = recorder.tap if recorder else None
-            attached = stack.enter_context(kvmi_host.attach(vm, uri=connect, allow=rules, tap=tap))
+            attached = stack.enter_context(kvmi_host.attach(vm, uri=connect, allow=rules, method=method, tap=tap))
             signalled = stack.enter_context(noted_signals())
             view = stack.enter_context(closing(view_for(as_json)))
             _watch(attached, interests, view, recorder, signalled, count, duration)
+
+
+def _cookie(file: Path | None) -> bytes | None:
+    try:
+        return file.read_bytes() if file else None
+    except OSError as error:
+        raise typer.BadParameter(f"--cookie-file {file}: {error.strerror}") from None
 
 
 def _watch(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvmi_host.cli.options import Connect, Vm
+from kvmi_host.cli.options import AttachMethod, Connect, Methods, Vm
 
 app = typer.Typer(add_completion=False)
 
@@ -18,6 +18,7 @@ def detach(
     timeout: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long the introspector may clean up before we insist.")
     ] = 5.0,
+    method: AttachMethod = Methods.AUTO,
     connect: Connect = None,
 ) -> None:
     """End the introspection of a VM: ask its introspector to clean up, insist after a while."""
@@ -25,5 +26,5 @@ def detach(
     from kvmi_host.attach import find_target
 
     target = find_target(vm, connect)
-    cleaned_up = end_session(target, timeout)
+    cleaned_up = end_session(target, timeout, method)
     typer.echo(f"{target.name}: {'the introspector closed the session' if cleaned_up else 'the session was ended'}")

@@ -29,6 +29,19 @@ CpuVendor = Annotated[
     Vendor, typer.Option("--cpu", envvar="CPU", help="AMD's SVM, emulated by QEMU, or Intel's VMX, emulated by Bochs.")
 ]
 
+
+class Methods(StrEnum):
+    """The ways to attach, as :class:`kvmi_host.attach.Method` has them."""
+
+    AUTO = "auto"
+    VM_FD = "vm-fd"
+    QEMU_OBJECT = "qemu-object"
+
+
+AttachMethod = Annotated[
+    Methods, typer.Option("--method", help="By the VM's descriptor (our modules), or by KVM-VMI's QEMU.")
+]
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
 Vm = Annotated[str, typer.Argument(metavar="VM", help="A libvirt name or UUID, or pid:N.", show_default=False)]

@@ -12,6 +12,7 @@ One task at a time takes events, pauses vCPUs or steps; others may ask meanwhile
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -119,8 +120,9 @@ class AsyncVcpu:
 class AsyncVm:
     """As :class:`~kvmi_host.introspect.vm.Vm`."""
 
-    def __init__(self, session: AsyncSession) -> None:
+    def __init__(self, session: AsyncSession, *, leave: Callable[[], None] | None = None) -> None:
         self.session = session
+        self._leave = leave
         self.memory = AsyncMemory(session, ranges.physical)
         self.handlers: Handlers[AsyncHandler] = Handlers()
         self.unhooked = False
@@ -138,10 +140,15 @@ class AsyncVm:
         await self.close()
 
     async def close(self) -> None:
-        if not self.session.closed:
-            await self._unwatch()
+        leave, self._leave = self._leave, None
+        try:
+            if not self.session.closed:
+                await self._unwatch()
+        finally:
             self.session.close()
-        await self.session.wait_closed()
+            await self.session.wait_closed()
+            if leave:
+                await asyncio.to_thread(leave)
 
     @property
     def peer(self) -> PeerInfo | None:

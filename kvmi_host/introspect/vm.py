@@ -173,8 +173,12 @@ class Vm:
     :ivar unhooked: whether the host has asked for the session's end.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, leave: Callable[[], None] | None = None) -> None:
+        """
+        :param leave: called once, when the session is closed: what else attaching has left to be undone.
+        """
         self.session = session
+        self._leave = leave
         self.memory = Memory(session, ranges.physical)
         self.handlers: Handlers[Handler] = Handlers()
         self.unhooked = False
@@ -192,9 +196,14 @@ class Vm:
 
     def close(self) -> None:
         """Undo what was done, and end the session; the VM goes on. May be called again."""
-        if not self.session.closed:
-            self._unwatch()
+        leave, self._leave = self._leave, None
+        try:
+            if not self.session.closed:
+                self._unwatch()
+        finally:
             self.session.close()
+            if leave:
+                leave()
 
     @property
     def peer(self) -> PeerInfo | None:

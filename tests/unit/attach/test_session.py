@@ -112,6 +112,11 @@ def test_an_introspector_that_is_silent_gets_nothing(simulated_vm, vm, tmp_path)
     assert simulated_vm.calls == []
 
 
+def test_a_hooked_vm_is_refused_before_the_introspector_is_told(simulated_vm, vm, tmp_path):
+    with attach(vm), pytest.raises(AlreadyHooked, match="detach first"):
+        hand_over(find_target(vm), os.fspath(tmp_path / "none.sock"), FULL)
+
+
 def test_nobody_listens(simulated_vm, vm, tmp_path):
     with pytest.raises(AttachError, match="no introspector listens"):
         hand_over(find_target(vm), os.fspath(tmp_path / "none.sock"), FULL)

@@ -65,6 +65,10 @@ def test_what_fails_is_1_and_one_line(run, arguments):
         ["attach", "webserver", "--exec"],
         ["attach", "webserver", "program"],
         ["attach", "webserver", "--to", "/x", "--exec", "--", "program"],
+        ["attach", "webserver", "--cookie-file", "/dev/null"],
+        ["attach", "webserver", "--to", "/x", "--cookie-file", "/nowhere"],
+        ["attach", "webserver", "--method", "telepathy"],
+        ["detach", "webserver", "--method", "telepathy"],
         ["guest", "create", "web", "--vcpus", "0"],
     ],
 )
