@@ -8,13 +8,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from kvmi_host.attach.errors import AttachError, NoSuchVm, VmNotRunning
 from kvmi_host.provision import connect, default_uri, find_domain, is_remote
 
+if TYPE_CHECKING:
+    import libvirt
+
 _PROC = Path("/proc")
 _NO_UUID = UUID(int=0)
+_POLL = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,33 +37,55 @@ class Target:
     uri: str | None = None
 
 
-def find_target(vm: str, uri: str | None = None) -> Target:
+def find_target(vm: str, uri: str | None = None, wait: float = 0.0) -> Target:
     """The process of a VM.
 
     :param vm: a libvirt name or UUID, or ``pid:N`` for any VMM's process.
     :param uri: of the local libvirt that knows the name; see :func:`kvmi_host.provision.connect`.
+    :param wait: seconds that a domain has to come to run.
     :raise NoSuchVm: nothing has that name, UUID or process id.
-    :raise VmNotRunning: the domain is shut off.
+    :raise VmNotRunning: the domain is shut off, or is being migrated.
     :raise AttachError: the VM runs on another host.
     :raise ProvisionError: libvirt could not be asked.
     """
     if vm.startswith("pid:"):
         return _from_pid(vm)
+    deadline = monotonic() + wait
+    while True:
+        try:
+            return _from_libvirt(vm, uri)
+        except VmNotRunning:
+            if monotonic() >= deadline:
+                raise
+        sleep(_POLL)  # libvirt tells of changes only to those who run its event loop
+
+
+def _from_libvirt(vm: str, uri: str | None) -> Target:
     wanted = uri or default_uri()
     if is_remote(wanted):
         raise AttachError(f"{wanted}: VMs are attached to on their own host: run kvmi-host there")
     connection = connect(wanted)
     try:
         domain = find_domain(connection, vm)
-        name, uuid, running = domain.name(), UUID(domain.UUIDString()), bool(domain.isActive())
+        name, uuid = domain.name(), UUID(domain.UUIDString())
+        running, migrated = bool(domain.isActive()), _is_migrated(domain)
     finally:
         connection.close()
+    if migrated:
+        raise VmNotRunning(f"{name} is being migrated: its memory is here no more, or not yet")
     if not running:
         raise VmNotRunning(f"{name} is shut off: kvmi-host guest start {name}")
     for pid in _processes():
         if _option(command_line(pid), "-uuid") == str(uuid):
             return Target(pid, name, uuid, _start_time(pid), wanted)
     raise VmNotRunning(f"{name} is running, but no process on this host has its UUID {uuid}")
+
+
+def _is_migrated(domain: libvirt.virDomain) -> bool:
+    import libvirt
+
+    state, reason = domain.state()
+    return bool(state == libvirt.VIR_DOMAIN_PAUSED and reason == libvirt.VIR_DOMAIN_PAUSED_MIGRATION)
 
 
 def _from_pid(vm: str) -> Target:

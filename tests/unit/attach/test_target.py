@@ -7,9 +7,10 @@ import sys
 import time
 from uuid import UUID
 
+import libvirt
 import pytest
 
-from kvmi_host.attach import AttachError, NoSuchVm, VmNotRunning, find_target
+from kvmi_host.attach import AttachError, NoSuchVm, VmNotRunning, find_target, target
 from kvmi_host.provision import LibvirtUnreachable, NoSuchGuest
 
 TEST_DRIVER = "test:///default"  # libvirt's built-in driver: one running guest, which has no process
@@ -55,6 +56,30 @@ def test_a_libvirt_name_or_uuid_is_the_process_with_that_uuid(vmm, vm):
 def test_a_guest_without_a_process_here_is_not_running():
     with pytest.raises(VmNotRunning, match="no process on this host"):
         find_target("test", TEST_DRIVER)
+
+
+def test_a_guest_that_comes_to_run_is_waited_for(vmm, monkeypatch):
+    monkeypatch.setattr(target, "_processes", lambda: iter(()))
+    monkeypatch.setattr(target, "sleep", lambda _: monkeypatch.setattr(target, "_processes", lambda: iter([vmm])))
+    assert find_target("test", TEST_DRIVER, wait=3600).pid == vmm
+
+
+def test_a_guest_that_is_being_migrated_is_not_running_yet(vmm):
+    connection = libvirt.open(TEST_DRIVER)
+    domain = connection.lookupByName("test")
+    domain.suspend()
+    try:
+        assert find_target("test", TEST_DRIVER).pid == vmm  # paused by someone: it is all there
+        state = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(VmNotRunning, match="is being migrated"),
+        ):
+            patch.setattr(libvirt.virDomain, "state", lambda self, flags=0: state)
+            find_target("test", TEST_DRIVER)
+    finally:
+        domain.resume()
+        connection.close()
 
 
 @pytest.mark.parametrize("vm", ["webserver", "00000000-0000-0000-0000-000000000001"])
