@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import os
 
-from kvmi_host.attach.policy import Policy
+from kvmi_host.attach.policy import Allow
 from kvmi_host.attach.session import connect_kernel
 from kvmi_host.introspect.async_session import AsyncSession
 from kvmi_host.introspect.async_vm import AsyncVm
 
 
 async def attach(
-    vm: str, *, uri: str | None = None, allow: str | Iterable[str | int] | Policy = "observe", timeout: float = 10.0
+    vm: str,
+    *,
+    uri: str | None = None,
+    allow: Allow | None = None,
+    policy: str | os.PathLike[str] | None = None,
+    timeout: float = 10.0,
 ) -> AsyncVm:
     """Attach to a running VM of this host, as :func:`kvmi_host.attach` does. libvirt is asked in a thread."""
-    sock, peer = await asyncio.to_thread(connect_kernel, vm, uri, allow)
+    sock, peer = await asyncio.to_thread(connect_kernel, vm, uri, allow, policy)
     return AsyncVm(await AsyncSession.open(sock, peer=peer, timeout=timeout))

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Iterable
 
-from kvmi_host.attach.policy import Policy, policy_for
+from kvmi_host.attach.policy import Allow, Policy, policy_for
+from kvmi_host.attach.policy_file import policy_of
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.introspect import PeerInfo, Session, Tap, Vm
@@ -16,7 +17,8 @@ def attach(
     vm: str,
     *,
     uri: str | None = None,
-    allow: str | Iterable[str | int] | Policy = "observe",
+    allow: Allow | None = None,
+    policy: str | os.PathLike[str] | None = None,
     timeout: float = 10.0,
     tap: Tap | None = None,
 ) -> Vm:
@@ -24,23 +26,27 @@ def attach(
 
     :param vm: a libvirt name or UUID, or ``pid:N``.
     :param uri: of the libvirt that knows the name.
-    :param allow: what the session may do, as :func:`kvmi_host.attach.policy.policy_for` takes it.
+    :param allow: what the session may do, as :func:`kvmi_host.attach.policy.policy_for` takes it; by default what the
+        VM's policy file says, and observing where it has none.
+    :param policy: a policy file in place of the VM's own; see :mod:`kvmi_host.attach.policy_file`.
     :param timeout: the session's deadline for commands, in seconds.
     :param tap: is told of everything that crosses the socket, from the first byte on: what records a session.
     :raise AttachError: see its branches.
     :raise ProvisionError: libvirt could not be asked.
     :raise ValueError: `allow` names something that there is not.
     """
-    sock, peer = connect_kernel(vm, uri, allow)
+    sock, peer = connect_kernel(vm, uri, allow, policy)
     return Vm(Session(sock, peer=peer, timeout=timeout, tap=tap))
 
 
 def connect_kernel(
-    vm: str, uri: str | None, allow: str | Iterable[str | int] | Policy
+    vm: str, uri: str | None, allow: Allow | None, policy: str | os.PathLike[str] | None = None
 ) -> tuple[socket.socket, PeerInfo]:
     """A socket with KVM for that VM at its other end, and which VM it is. Raises what :func:`attach` does."""
-    rules = policy_for(allow)
+    if allow is not None:
+        allow = policy_for(allow)
     target = find_target(vm, uri)
+    rules = policy_of(target, allow, policy)
     ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with kernels:
@@ -48,7 +54,7 @@ def connect_kernel(
     except BaseException:
         ours.close()
         raise
-    return ours, PeerInfo(target.uuid, target.name, target.start_time, target.pid, "vm-fd")
+    return ours, PeerInfo(target.uuid, target.name, target.start_time, target.pid, "vm-fd", rules.name)
 
 
 def hand_to_kernel(target: Target, sock: socket.socket, rules: Policy) -> None:

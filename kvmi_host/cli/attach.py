@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 import typer
 
 import kvmi_host
-from kvmi_host.attach import find_target, hand_over, policy_for, run_with_session
+from kvmi_host.attach import find_target, hand_over, policy_for, policy_of, run_with_session
 from kvmi_host.cli.options import Connect, Json, Vm
 from kvmi_host.cli.records import event_record, facts_record
 from kvmi_host.cli.signals import noted_signals
@@ -46,9 +46,19 @@ def attach(
         str, typer.Option(metavar="LIST", help="What to watch: cr0,cr3,cr4,msr:lstar,hypercall,breakpoint,...")
     ] = _DEFAULT_EVENTS,
     allow: Annotated[
-        str,
-        typer.Option(metavar="observe|full|LIST", help="What the session may do; the kernel enforces it."),
-    ] = "observe",
+        str | None,
+        typer.Option(
+            metavar="observe|full|LIST",
+            help="What the session may do; the kernel enforces it. [default: what --policy says, or observe]",
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What it may do at most. [default: /etc/kvmi-host/policies/VM.toml, by name or UUID, if there is one]",
+        ),
+    ] = None,
     as_json: Json = False,
     count: Annotated[int | None, typer.Option(min=1, help="Leave after so many events.")] = None,
     duration: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Leave after this time.")] = None,
@@ -64,7 +74,7 @@ def attach(
     The VM is not stopped, and does not depend on us: when we end, it goes on.
     """
     try:
-        rules = policy_for(allow)
+        asked = None if allow is None else policy_for(allow)
         interests = [interest for name in events.split(",") if name.strip() for interest in parse(name.strip())]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -73,15 +83,17 @@ def attach(
     if record and (to or execute):
         raise typer.BadParameter("--record is for the built-in agent, and excludes --to and --exec")
     if to:
-        hand_over(find_target(vm, connect), to, rules)
+        target = find_target(vm, connect)
+        hand_over(target, to, policy_of(target, asked, policy))
     elif command:
-        status = run_with_session(find_target(vm, connect), command, rules)
+        target = find_target(vm, connect)
+        status = run_with_session(target, command, policy_of(target, asked, policy))
         raise typer.Exit(status if status >= 0 else 1)
     else:
         with ExitStack() as stack:
             recorder = stack.enter_context(Recorder(record, vm)) if record else None
             tap = recorder.tap if recorder else None
-            attached = stack.enter_context(kvmi_host.attach(vm, uri=connect, allow=rules, tap=tap))
+            attached = stack.enter_context(kvmi_host.attach(vm, uri=connect, allow=asked, policy=policy, tap=tap))
             signalled = stack.enter_context(noted_signals())
             view = stack.enter_context(closing(view_for(as_json)))
             _watch(attached, interests, view, recorder, signalled, count, duration)
