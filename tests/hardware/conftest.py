@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from _pytest.capture import CaptureManager
 
+from kvmi_host.attach.policy import Allow
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.host.debug_kernel import locks_are_checked, lost_memory
 from kvmi_host.host.kernel_log import TROUBLE
@@ -206,7 +207,7 @@ def hooked() -> Iterator[Callable[..., Session]]:
     """Hooks a guest: ``hooked(guest, allow="full")``. The sessions end with the test."""
     sessions = []
 
-    def make(guest: LiveGuest, allow: str = "full") -> Session:
+    def make(guest: LiveGuest, allow: Allow = "full") -> Session:
         sessions.append(hook(guest, allow))
         return sessions[-1]
 
