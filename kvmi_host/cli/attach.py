@@ -13,6 +13,8 @@ import typer
 
 import kvmi_host
 from kvmi_host.attach import find_target, hand_over, policy_for, policy_of, run_with_session
+from kvmi_host.cli.completion import allowances
+from kvmi_host.cli.completion import events as events_of
 from kvmi_host.cli.options import Connect, Json, Vm
 from kvmi_host.cli.records import event_record, facts_record
 from kvmi_host.cli.signals import noted_signals
@@ -43,20 +45,28 @@ def attach(
         list[str] | None, typer.Argument(metavar="CMD", help="With --exec: the program.", show_default=False)
     ] = None,
     events: Annotated[
-        str, typer.Option(metavar="LIST", help="What to watch: cr0,cr3,cr4,msr:lstar,hypercall,breakpoint,...")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="What to watch: cr0,cr3,cr4,msr:lstar,hypercall,breakpoint,...",
+            autocompletion=events_of,
+        ),
     ] = _DEFAULT_EVENTS,
     allow: Annotated[
         str | None,
         typer.Option(
             metavar="observe|full|LIST",
-            help="What the session may do; the kernel enforces it. [default: what --policy says, or observe]",
+            help="What the session may do; the kernel enforces it.",
+            show_default="what the policy file says, else observe",
+            autocompletion=allowances,
         ),
     ] = None,
     policy: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What it may do at most. [default: /etc/kvmi-host/policies/VM.toml, by name or UUID, if there is one]",
+            help="What it may do at most, as kvmi-policy(5) says.",
+            show_default="/etc/kvmi-host/policies/VM.toml, if there is one",
         ),
     ] = None,
     as_json: Json = False,

@@ -15,7 +15,7 @@ from kvmi_host.host.kernels import Series
 _EXIT = 1000
 """Instructions: what costs less did not leave the guest."""
 
-app = typer.Typer(name="bench", pretty_exceptions_enable=False)
+app = typer.Typer(name="bench", pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import typer
 from kvmi_host.cli import HOST_CANNOT
 from kvmi_host.cli.options import Json
 
-app = typer.Typer(name="doctor", pretty_exceptions_enable=False)
+app = typer.Typer(name="doctor", pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()

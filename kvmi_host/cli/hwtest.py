@@ -13,7 +13,7 @@ import typer
 from kvmi_host.cli.options import CpuVendor, Kernel, Vendor
 from kvmi_host.host.kernels import Series
 
-app = typer.Typer(name="hwtest", pretty_exceptions_enable=False)
+app = typer.Typer(name="hwtest", pretty_exceptions_enable=False, add_completion=False)
 
 
 class Host(StrEnum):

@@ -21,6 +21,7 @@ app = typer.Typer(
     help="The host in a box: a KVM host with introspection inside an emulated machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
 )
 
 Name = Annotated[str, typer.Option("--name", help="Which box: each name is a machine of its own.")]

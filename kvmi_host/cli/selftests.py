@@ -18,7 +18,7 @@ _DEADLINES = {Vendor.AMD: 180, Vendor.INTEL: 60}
 _SILENCE = 600
 """Seconds of ours after which an Intel host is taken to hang: more than a test may take there."""
 
-app = typer.Typer(name="selftests", pretty_exceptions_enable=False)
+app = typer.Typer(name="selftests", pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()
