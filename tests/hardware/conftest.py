@@ -73,7 +73,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Linux boots before the shared guest takes its part of the host; tests that unload the modules go last."""
-    order = {"test_linux.py": -1, "test_modules.py": 1}
+    order = {"test_linux.py": -1, "test_guide.py": -1, "test_operator.py": -1, "test_modules.py": 1}
     items.sort(key=lambda item: order.get(item.path.name, 0))
 
 

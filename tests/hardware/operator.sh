@@ -64,7 +64,7 @@ traces() {
 	{ find /etc/libvirt /etc/kvmi-host /var/lib/libvirt /run/libvirt /run/kvmi-agent /tmp /var/tmp \
 		-path "$work" -prune -o -print 2> /dev/null || true; } | sort
 	awk '$8 ~ "^/" { print $8 }' /proc/net/unix | sort -u
-	pgrep -l "^qemu|^kvmi-|^kvm-" | sort || true
+	pgrep -l "^(qemu|kvm)" | sort || true
 	grep -H . /sys/module/kvm*/refcnt
 }
 
@@ -77,23 +77,23 @@ traces > "$work/before"
 
 say "two guests through libvirt, and a QEMU by hand"
 log=$(kvmi-host guest create "$linux" --image linux --start --json | field serial_log)
-walk_log=$(kvmi-host guest create "$walk" --image modewalk --vcpus 2 --start --json | field serial_log)
+await "$log" "kvmi-guest: alive" # the others would have the CPU
+walk_log=$(kvmi-host guest create "$walk" --image modewalk --start --json | field serial_log)
 qemu-system-x86_64 -accel kvm -cpu host -m 32 -nodefaults -display none \
-	-kernel "$images/modewalk.elf" -serial "file:$work/by-hand.log" &
+	-kernel "$images/puppet.elf" -serial "file:$work/by-hand.log" &
 by_hand=$!
 kvmi-host guest list
-await "$log" "kvmi-guest: alive"
-await "$walk_log" "modewalk: 2 vcpus"
-await "$work/by-hand.log" "modewalk: 1 vcpus"
+await "$walk_log" "modewalk: 1 vcpus"
+await "$work/by-hand.log" "puppet: 1 vcpus"
 
 say "attaching to all three while they run"
 echo 'events = ["hypercall", "unhook"]' > "$KVMI_POLICIES/$walk.toml"
 kvmi-host attach "$walk" --events hypercall --json > "$work/walk.json" &
 walk_session=$!
-kvmi-host attach "pid:$by_hand" --events hypercall --json > "$work/by-hand.json" &
+kvmi-host attach "pid:$by_hand" --events create-vcpu --json > "$work/by-hand.json" &
 by_hand_session=$!
 await "$work/walk.json" '"event": "hypercall"'
-await "$work/by-hand.json" '"event": "hypercall"'
+await "$work/by-hand.json" '"event": "create-vcpu"'
 head -n 1 "$work/walk.json"
 grep -q "\"policy\": \"$KVMI_POLICIES/$walk.toml\"" "$work/walk.json" || die "the policy file does not count"
 
