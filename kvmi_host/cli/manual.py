@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def examples(guide: str, verb: str) -> list[tuple[str, str]]:
     found = []
     for block in blocks:
         lines = block.replace("\\\n", "").splitlines()
-        for comment, command in zip(lines, lines[1:], strict=False):
+        for comment, command in pairwise(lines):
             if verb and comment.startswith("# ") and re.match(rf"{PROGRAM} {verb}\b", command):
                 found.append((comment.removeprefix("# "), re.sub(r" {2,}", " ", command)))
     return found
@@ -144,8 +145,8 @@ def _metavar(param: Any) -> str:
         return "|".join(str(getattr(choice, "value", choice)) for choice in choices)
     if param.param_type_name == "argument":
         return str(param.name).upper()
-    kinds = {"integer": "N", "float": "X", "path": "PATH", "directory": "PATH", "file": "FILE"}
-    return kinds.get(str(param.type.name).removesuffix(" range"), "TEXT")
+    kind = str(param.type.name).removesuffix(" range")
+    return "NUMBER" if kind in {"int", "integer", "float"} else "PATH" if kind == "path" else "TEXT"
 
 
 def _facts(param: Any) -> Iterator[str]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operator's guide: its shell blocks run as they stand there, in their order and in one shell.
 
-The block after a shell block is what it has to print: ``...`` in a line stands for anything, a line of it for any lines.
+The block after a shell block is what it has to print: ``...`` in a line stands for anything, a line of it for any
+lines.
 """
 
 from __future__ import annotations
