@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a VM's sessions may do at most, as its host's administrator has written down: a TOML file for each VM::
 
-    allow = "observe"                            # "observe" (the default), "full", or a list of names as --allow takes
-    commands = ["get-registers", "read-physical"]   # of a profile's commands, only these; all of them by default
-    events = ["cr", "hypercall"]                    # only these events; all of them by default
+    allow = "observe"                              # the default; or "full", or a list of names as --allow takes
+    commands = ["get-registers", "read-physical"]  # of a profile's commands, only these; all of them by default
+    events = ["cr", "hypercall"]                   # only these events; all of them by default
 
 It is ``NAME.toml`` or ``UUID.toml``, by the VM's name or UUID, in the folder /etc/kvmi-host/policies; the environment
 variable KVMI_POLICIES names another folder. VMs without a file have no such limit.
@@ -111,10 +111,10 @@ class _Lines:
     def __init__(self, text: str) -> None:
         self._lines = text.splitlines()
 
-    def of(self, key: str, name: object = None) -> str:
+    def of(self, key: str, name: str | None = None) -> str:
         """``line N, KEY``: where `key` stands, or the first `name` from there on."""
         at = self._first(rf"""\s*\[*\s*["']?{re.escape(key)}\b""", 0)
-        if isinstance(name, str):
+        if name is not None:
             at = self._first(rf"""[^#]*["']{re.escape(name)}["']""", at)
         return f"line {at + 1}, {key}"
 

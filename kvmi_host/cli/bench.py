@@ -23,7 +23,7 @@ def bench(
     kernel: Kernel = Series.V6_1,
     report: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path("build/bench.json"),
     modules: Annotated[
-        str | None, typer.Option(help="Folder of kvm.ko and the others. [default: build this tree's]")
+        str | None, typer.Option(help="Folder of kvm.ko and the others.", show_default="build this tree's")
     ] = None,
 ) -> None:
     """Count what an exit costs with stock modules and with ours, and what an event costs.

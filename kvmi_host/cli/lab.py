@@ -40,7 +40,9 @@ def up(
     kernel: Kernel = Series.V6_1,
     modules: Annotated[
         str | None,
-        typer.Option(help="Folder of kvm.ko and the others, or 'stock' for Debian's own. [default: build this tree's]"),
+        typer.Option(
+            help="Folder of kvm.ko and the others, or 'stock' for Debian's own.", show_default="build this tree's"
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Boot, whether or not there is saved state.")] = False,
     smp: Annotated[int, typer.Option(min=1, max=16, help="Virtual CPUs of the box.")] = 1,
@@ -61,7 +63,7 @@ def down(name: Name = "box") -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def ssh(
-    command: Annotated[list[str] | None, typer.Argument(help="What to run there. [default: a shell]")] = None,
+    command: Annotated[list[str] | None, typer.Argument(help="What to run there.", show_default="a shell")] = None,
     name: Name = "box",
 ) -> None:
     """Run a command in it as root, or an interactive shell."""

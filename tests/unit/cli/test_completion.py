@@ -12,8 +12,7 @@ from time import monotonic
 import pytest
 
 from kvmi_host.cli import completion
-from kvmi_host.cli.attach import parse
-from kvmi_host.introspect.interests import NAMES
+from kvmi_host.introspect.interests import NAMES, parse
 
 DEADLINE = 60.0
 PROGRAM = [sys.executable, "-m", "kvmi_host.cli"]
