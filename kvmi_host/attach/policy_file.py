@@ -11,6 +11,7 @@ variable KVMI_POLICIES names another folder. VMs without a file have no such lim
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -79,13 +80,23 @@ def _file_of(target: Target) -> Path | None:
     names = [str(target.uuid)] if target.uuid != UUID(int=0) else []
     if "/" not in target.name:  # a VMM may call itself what it likes
         names.append(target.name)
-    try:
-        found = [path for path in (folder / f"{name}.toml" for name in names) if os.path.lexists(path)]
-    except ValueError as error:
-        raise PolicyRefused(f"{target.name!r}: no policy file can have that name: {error}") from None
+    found = [path for path in (folder / f"{name}.toml" for name in names) if _is_there(path)]
     if len(found) > 1:
         raise PolicyRefused(f"{found[0]} and {found[1]} are both for {target.name}: remove one of them")
     return found[0] if found else None
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file, or a link to none. One that cannot be looked for is not one that is missing."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # the VM calls itself so; no file can
+            return False
+        raise PolicyRefused(f"{path}: whether there is a policy file cannot be seen: {error.strerror}") from error
+    return True
 
 
 def _read(path: Path) -> bytes:

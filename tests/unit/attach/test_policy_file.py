@@ -66,6 +66,17 @@ def test_a_vms_name_does_not_lead_out_of_the_folder(folder, monkeypatch):
     assert policy_of(Target(1, "../out", UUID(int=0), 0)) == OBSERVE
 
 
+def test_a_name_that_is_too_long_for_a_file_has_none(folder):
+    assert policy_of(Target(1, "w" * 300, UUID(int=0), 0)) == OBSERVE
+
+
+def test_a_folder_that_cannot_be_looked_into_is_no_missing_file(folder, monkeypatch):
+    (folder / "file").touch()
+    monkeypatch.setenv("KVMI_POLICIES", str(folder / "file"))
+    with pytest.raises(PolicyRefused, match="whether there is a policy file cannot be seen"):
+        policy_of(WEB)
+
+
 def test_a_file_that_points_nowhere_is_no_missing_file(folder):
     (folder / "webserver.toml").symlink_to("nowhere")
     with pytest.raises(PolicyRefused, match="cannot be read"):
