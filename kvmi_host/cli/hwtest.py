@@ -42,7 +42,9 @@ def hwtest(
     smp: Annotated[int, typer.Option(min=1, max=16, help="CPUs of the box (not with Bochs).")] = 1,
     deadline: Annotated[
         float | None,
-        typer.Option(help="Seconds after which the suite is ended (not with Bochs).", show_default="1500; debug: 9000"),
+        typer.Option(
+            help="Seconds after which the suite is ended (not with Bochs).", show_default="2400; debug: 14400"
+        ),
     ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the box up, to look around in it (not with Bochs).")

@@ -134,7 +134,7 @@ def _options(command: Any) -> Iterator[str]:
             names = ", ".join(f"\\fB{_text(name)}\\fR" for name in [*param.opts, *param.secondary_opts])
             term = names if param.is_flag else f"{names} \\fI{_text(_metavar(param))}\\fR"
         yield from (".TP", term)
-        yield _text(" ".join([*((param.help or "").split() or ["\\&"]), *_facts(param)]))
+        yield _text(" ".join([*(param.help or "").split(), *_facts(param)]))
     yield from (".TP", "\\fB\\-h\\fR, \\fB\\-\\-help\\fR", "Show what there is, and exit.")
 
 
@@ -198,11 +198,9 @@ def _reference(page: str) -> str:
 
 def _text(text: str) -> str:
     """Text as roff takes it, on one line."""
-    if text == "\\&":
-        return text
     escaped = text.replace("\\", "\\e").replace("-", "\\-").replace("`", "\\(ga").replace("^", "\\(ha")
     escaped = escaped.replace("~", "\\(ti")
-    return f"\\&{escaped}" if escaped[:1] in {".", "'"} else escaped
+    return f"\\&{escaped}" if not escaped or escaped[0] in ".'" else escaped
 
 
 def main(arguments: Iterable[str]) -> None:
