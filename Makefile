@@ -68,6 +68,10 @@ kvm-selftests: ## KVM's own selftests with stock modules and with ours, compared
 lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint
 
+.PHONY: man
+man: ## Write the manual pages to build/man
+	@$(IN_ENVIRONMENT) python -m kvmi_host.cli.manual . build/man && cp docs/man/*.5 build/man
+
 .PHONY: dkms
 dkms: ## Build the Debian package with which a host builds the modules for its kernels by itself
 	@$(IN_ENVIRONMENT) kernel/dkms/build

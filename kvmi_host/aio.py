@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import os
 
-from kvmi_host.attach.policy import Policy
+from kvmi_host.attach.policy import Allow
 from kvmi_host.attach.session import connect_kernel
 from kvmi_host.introspect.async_session import AsyncSession
 from kvmi_host.introspect.async_vm import AsyncVm
@@ -16,11 +16,13 @@ async def attach(
     vm: str,
     *,
     uri: str | None = None,
-    allow: str | Iterable[str | int] | Policy = "observe",
+    allow: Allow | None = None,
+    policy: str | os.PathLike[str] | None = None,
     method: str = "auto",
+    wait: float = 0.0,
     timeout: float = 10.0,
 ) -> AsyncVm:
     """Attach to a running VM of this host, as :func:`kvmi_host.attach` does. libvirt and QEMU are asked in a thread."""
-    connected = await asyncio.to_thread(connect_kernel, vm, uri, allow, method)
+    connected = await asyncio.to_thread(connect_kernel, vm, uri, allow, policy, method, wait)
     session = await AsyncSession.open(connected.sock, peer=connected.peer, timeout=timeout)
     return AsyncVm(session, leave=connected.leave)

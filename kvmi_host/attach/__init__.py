@@ -10,11 +10,13 @@ from kvmi_host.attach.errors import (
     NoSuchVm,
     NotHooked,
     NoVmDescriptor,
+    PolicyRefused,
     VmNotRunning,
 )
 from kvmi_host.attach.handover import hand_over, run_with_session
 from kvmi_host.attach.methods import Method
 from kvmi_host.attach.policy import FULL, OBSERVE, Policy, command_id, event_id, policy_for
+from kvmi_host.attach.policy_file import policy_of, read_policy
 from kvmi_host.attach.release import detach
 from kvmi_host.attach.session import attach
 from kvmi_host.attach.target import Target, find_target
@@ -33,6 +35,7 @@ __all__ = [
     "NoVmDescriptor",
     "NotHooked",
     "Policy",
+    "PolicyRefused",
     "Target",
     "VmHandle",
     "VmNotRunning",
@@ -43,5 +46,7 @@ __all__ = [
     "find_target",
     "hand_over",
     "policy_for",
+    "policy_of",
+    "read_policy",
     "run_with_session",
 ]

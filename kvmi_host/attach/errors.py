@@ -9,6 +9,7 @@
     +-- NoVmDescriptor      the process runs no KVM guest (emulated by TCG, or not a VMM)
     +-- AlreadyHooked       someone introspects this VM: detach first
     +-- NotHooked           nobody introspects this VM
+    +-- PolicyRefused       the VM's policy file does not allow it, or cannot be used
     +-- AttachRefused       the host has no way for it, or forbids it; also a HostError: the host must change
     +-- MonitorUnreachable  QEMU's monitor does not answer, or serves someone else
     +-- MonitorRefused      QEMU returned an error for a command
@@ -40,6 +41,10 @@ class AlreadyHooked(AttachError):
 
 class NotHooked(AttachError):
     """Nobody introspects this VM."""
+
+
+class PolicyRefused(AttachError):
+    """The VM's policy file does not allow what was asked for, or cannot be used: ask for less, or change the file."""
 
 
 class AttachRefused(AttachError, HostError):

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvmi_host import __version__
+from kvmi_host.cli.completion import complete_as_bash_breaks_words
 from kvmi_host.host import HostError
 from kvmi_host.protocol import KvmiError
 
@@ -78,4 +79,9 @@ def kvmi_host(
 
 def main() -> None:
     """The entry point of the ``kvmi-host`` program."""
-    app(prog_name="kvmi-host")
+
+    def run() -> None:
+        app(prog_name="kvmi-host")
+
+    if not complete_as_bash_breaks_words(run):
+        run()

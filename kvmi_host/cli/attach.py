@@ -12,7 +12,9 @@ from typing import Annotated, TypeVar
 import typer
 
 import kvmi_host
-from kvmi_host.attach import find_target, hand_over, policy_for, run_with_session
+from kvmi_host.attach import find_target, hand_over, policy_for, policy_of, run_with_session
+from kvmi_host.cli.completion import allowances
+from kvmi_host.cli.completion import events as events_of
 from kvmi_host.cli.options import AttachMethod, Connect, Json, Methods, Vm
 from kvmi_host.cli.records import event_record, facts_record
 from kvmi_host.cli.signals import noted_signals
@@ -44,12 +46,30 @@ def attach(
         list[str] | None, typer.Argument(metavar="CMD", help="With --exec: the program.", show_default=False)
     ] = None,
     events: Annotated[
-        str, typer.Option(metavar="LIST", help="What to watch: cr0,cr3,cr4,msr:lstar,hypercall,breakpoint,...")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="What to watch: cr0,cr3,cr4,msr:lstar,hypercall,breakpoint,...",
+            autocompletion=events_of,
+        ),
     ] = _DEFAULT_EVENTS,
     allow: Annotated[
-        str,
-        typer.Option(metavar="observe|full|LIST", help="What the session may do; the kernel enforces it."),
-    ] = "observe",
+        str | None,
+        typer.Option(
+            metavar="observe|full|LIST",
+            help="What the session may do; the kernel enforces it.",
+            show_default="what the policy file says, else observe",
+            autocompletion=allowances,
+        ),
+    ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What it may do at most, as kvmi-policy(5) says.",
+            show_default="/etc/kvmi-host/policies/VM.toml, if there is one",
+        ),
+    ] = None,
     as_json: Json = False,
     count: Annotated[int | None, typer.Option(min=1, help="Leave after so many events.")] = None,
     duration: Annotated[float | None, typer.Option(min=0, metavar="SECONDS", help="Leave after this time.")] = None,
@@ -63,6 +83,9 @@ def attach(
     ] = None,
     execute: Annotated[bool, typer.Option("--exec", help="Give the session to a program: --exec -- CMD ARGS.")] = False,
     method: AttachMethod = Methods.AUTO,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for the VM to run, if it does not yet.")
+    ] = 0.0,
     connect: Connect = None,
 ) -> None:
     """Attach to a running VM and show its events, or give its session to an introspector.
@@ -70,7 +93,7 @@ def attach(
     The VM is not stopped, and does not depend on us: when we end, it goes on.
     """
     try:
-        rules = policy_for(allow)
+        asked = None if allow is None else policy_for(allow)
         interests = [interest for name in events.split(",") if name.strip() for interest in parse(name.strip())]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
@@ -82,15 +105,19 @@ def attach(
         raise typer.BadParameter("--cookie-file is for the introspector of --to")
     cookie = _cookie(cookie_file)
     if to:
-        hand_over(find_target(vm, connect), to, rules, cookie=cookie, method=method)
+        target = find_target(vm, connect, wait)
+        hand_over(target, to, policy_of(target, asked, policy), cookie=cookie, method=method)
     elif command:
-        status = run_with_session(find_target(vm, connect), command, rules, method=method)
+        target = find_target(vm, connect, wait)
+        status = run_with_session(target, command, policy_of(target, asked, policy), method=method)
         raise typer.Exit(status if status >= 0 else _SIGNALLED - status)
     else:
         with ExitStack() as stack:
             recorder = stack.enter_context(Recorder(record, vm)) if record else None
             tap = recorder.tap if recorder else None
-            attached = stack.enter_context(kvmi_host.attach(vm, uri=connect, allow=rules, method=method, tap=tap))
+            attached = stack.enter_context(
+                kvmi_host.attach(vm, uri=connect, allow=asked, policy=policy, method=method, wait=wait, tap=tap)
+            )
             signalled = stack.enter_context(noted_signals())
             view = stack.enter_context(closing(view_for(as_json)))
             _watch(attached, interests, view, recorder, signalled, count, duration)

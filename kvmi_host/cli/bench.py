@@ -15,7 +15,7 @@ from kvmi_host.host.kernels import Series
 _EXIT = 1000
 """Instructions: what costs less did not leave the guest."""
 
-app = typer.Typer(name="bench", pretty_exceptions_enable=False)
+app = typer.Typer(name="bench", pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()
@@ -23,7 +23,7 @@ def bench(
     kernel: Kernel = Series.V6_1,
     report: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path("build/bench.json"),
     modules: Annotated[
-        str | None, typer.Option(help="Folder of kvm.ko and the others. [default: build this tree's]")
+        str | None, typer.Option(help="Folder of kvm.ko and the others.", show_default="build this tree's")
     ] = None,
 ) -> None:
     """Count what an exit costs with stock modules and with ours, and what an event costs.

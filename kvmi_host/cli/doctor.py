@@ -18,7 +18,7 @@ from kvmi_host.cli.options import Json
 if TYPE_CHECKING:
     from kvmi_host.host.doctor import Finding, Machine
 
-app = typer.Typer(name="doctor", pretty_exceptions_enable=False)
+app = typer.Typer(name="doctor", pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()

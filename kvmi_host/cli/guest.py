@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvmi_host import provision
+from kvmi_host.cli.completion import guests, images
 from kvmi_host.cli.options import Connect, Json
 
 if TYPE_CHECKING:
@@ -18,14 +19,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Guests through libvirt: define, start, stop, list.", no_args_is_help=True, add_completion=False)
 
-Name = Annotated[str, typer.Argument(metavar="GUEST", help="Name or UUID.")]
+Name = Annotated[str, typer.Argument(metavar="GUEST", help="Name or UUID.", autocompletion=guests)]
 
 
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(metavar="GUEST", help="Its name.")],
     image: Annotated[
-        str, typer.Option(metavar="modewalk|linux|PATH", help="What it boots: an image of ours, or a kernel file.")
+        str,
+        typer.Option(
+            metavar="modewalk|linux|PATH",
+            help="What it boots: an image of ours, or a kernel file.",
+            autocompletion=images,
+        ),
     ] = "linux",
     vcpus: Annotated[int, typer.Option(min=1, max=255, help="Virtual CPUs.")] = 1,
     memory: Annotated[int, typer.Option(min=16, metavar="MIB", help="Memory in MiB.")] = 128,

@@ -13,7 +13,7 @@ import typer
 from kvmi_host.cli.options import CpuVendor, Kernel, Vendor
 from kvmi_host.host.kernels import Series
 
-app = typer.Typer(name="hwtest", pretty_exceptions_enable=False)
+app = typer.Typer(name="hwtest", pretty_exceptions_enable=False, add_completion=False)
 
 
 class Host(StrEnum):
@@ -34,15 +34,17 @@ def hwtest(
     report: Annotated[Path, typer.Option(help="Folder for junit.xml and kernel logs.")] = Path("build/hardware"),
     expression: Annotated[str | None, typer.Option("-k", metavar="EXPR", help="Which tests, as pytest's -k.")] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Folder of kvm.ko and the others for the box. [default: build this tree's]")
+        str | None, typer.Option(help="Folder of kvm.ko and the others for the box.", show_default="build this tree's")
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="The name of the box. [default: hwtest-CPU-KERNEL]")
+        str | None, typer.Option("--name", help="The name of the box.", show_default="hwtest-CPU-KERNEL")
     ] = None,
     smp: Annotated[int, typer.Option(min=1, max=16, help="CPUs of the box (not with Bochs).")] = 1,
     deadline: Annotated[
         float | None,
-        typer.Option(help="Seconds after which the suite is ended (not with Bochs). [default: 1500; debug: 9000]"),
+        typer.Option(
+            help="Seconds after which the suite is ended (not with Bochs).", show_default="2400; debug: 14400"
+        ),
     ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave the box up, to look around in it (not with Bochs).")

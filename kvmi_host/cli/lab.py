@@ -21,6 +21,7 @@ app = typer.Typer(
     help="The host in a box: a KVM host with introspection inside an emulated machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
 )
 
 Name = Annotated[str, typer.Option("--name", help="Which box: each name is a machine of its own.")]
@@ -39,7 +40,9 @@ def up(
     kernel: Kernel = Series.V6_1,
     modules: Annotated[
         str | None,
-        typer.Option(help="Folder of kvm.ko and the others, or 'stock' for Debian's own. [default: build this tree's]"),
+        typer.Option(
+            help="Folder of kvm.ko and the others, or 'stock' for Debian's own.", show_default="build this tree's"
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Boot, whether or not there is saved state.")] = False,
     smp: Annotated[int, typer.Option(min=1, max=16, help="Virtual CPUs of the box.")] = 1,
@@ -60,7 +63,7 @@ def down(name: Name = "box") -> None:
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def ssh(
-    command: Annotated[list[str] | None, typer.Argument(help="What to run there. [default: a shell]")] = None,
+    command: Annotated[list[str] | None, typer.Argument(help="What to run there.", show_default="a shell")] = None,
     name: Name = "box",
 ) -> None:
     """Run a command in it as root, or an interactive shell."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kvmi_host.cli.completion import running_vms
 from kvmi_host.host.kernels import Series
 
 Connect = Annotated[
@@ -44,4 +45,9 @@ AttachMethod = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
 
-Vm = Annotated[str, typer.Argument(metavar="VM", help="A libvirt name or UUID, or pid:N.", show_default=False)]
+Vm = Annotated[
+    str,
+    typer.Argument(
+        metavar="VM", help="A libvirt name or UUID, or pid:N.", show_default=False, autocompletion=running_vms
+    ),
+]

@@ -37,6 +37,7 @@ def facts_record(facts: Facts) -> Record:
         "commands": list(facts.commands),
         "events": list(facts.events),
         "method": facts.method,
+        "policy": facts.policy,
     }
 
 

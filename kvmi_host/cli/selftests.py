@@ -18,7 +18,7 @@ _DEADLINES = {Vendor.AMD: 180, Vendor.INTEL: 60}
 _SILENCE = 600
 """Seconds of ours after which an Intel host is taken to hang: more than a test may take there."""
 
-app = typer.Typer(name="selftests", pretty_exceptions_enable=False)
+app = typer.Typer(name="selftests", pretty_exceptions_enable=False, add_completion=False)
 
 
 @app.command()
@@ -26,20 +26,21 @@ def selftests(
     kernel: Kernel = Series.V6_1,
     cpu: CpuVendor = Vendor.AMD,
     pattern: Annotated[
-        str | None, typer.Option("-k", metavar="REGEX", help="Which tests: those whose names it fits. [default: all]")
+        str | None,
+        typer.Option("-k", metavar="REGEX", help="Which tests: those whose names it fits.", show_default="all"),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for logs and results. [default: build/selftests-CPU-KERNEL]")
+        Path | None, typer.Option(help="Folder for logs and results.", show_default="build/selftests-CPU-KERNEL")
     ] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Folder of kvm.ko and the others to compare. [default: build this tree's]")
+        str | None, typer.Option(help="Folder of kvm.ko and the others to compare.", show_default="build this tree's")
     ] = None,
     deadline: Annotated[
         int | None,
-        typer.Option(min=1, help="Seconds for each test, by its host's clock. [default: 180; Intel's 60]"),
+        typer.Option(min=1, help="Seconds for each test, by its host's clock.", show_default="180; Intel's 60"),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="What its hosts are called. [default: selftests-CPU-KERNEL]")
+        str | None, typer.Option("--name", help="What its hosts are called.", show_default="selftests-CPU-KERNEL")
     ] = None,
 ) -> None:
     """Run the kernel's own KVM selftests twice on an emulated host: with Debian's modules, and with ours.

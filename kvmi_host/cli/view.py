@@ -103,6 +103,7 @@ def print_facts(facts: Record) -> None:
     """What the session is and may do."""
     typer.echo(f"{facts['name']}  uuid {facts['uuid']}  {facts['vcpus']} vCPUs")
     typer.echo(f"KVMI version {facts['version']}, dialect {facts['dialect']}, attached by {facts['method']}")
+    typer.echo(f"policy:   {facts.get('policy', 'unknown')}")  # older recordings have none
     typer.echo(f"may send: {', '.join(facts['commands'])}")
     typer.echo(f"may see:  {', '.join(facts['events'])}")
 

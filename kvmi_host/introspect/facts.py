@@ -16,7 +16,8 @@ _NO_UUID = UUID(int=0)
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """``commands`` and ``events`` are names, as the kernel allows them. ``method``: how the VM was attached to."""
+    """``commands`` and ``events`` are names, as the kernel allows them. ``method``: how the VM was attached to;
+    ``policy``: with which profile or policy file, or ``list``."""
 
     uuid: UUID
     name: str
@@ -26,6 +27,7 @@ class Facts:
     commands: tuple[str, ...]
     events: tuple[str, ...]
     method: str
+    policy: str
 
 
 def facts_of(peer: PeerInfo | None) -> Plan[Facts]:
@@ -47,4 +49,5 @@ def facts_of(peer: PeerInfo | None) -> Plan[Facts]:
         commands=tuple(command_name(command) for command, may in may_send.items() if may),
         events=tuple(event_name(event) for event, may in may_see.items() if may),
         method=peer.method if peer else "unknown",
+        policy=peer.policy if peer else "unknown",
     )

@@ -180,6 +180,9 @@ SINGLESTEP = Kind(EventId.SINGLESTEP)
 _CONTROL_REGISTERS = {"cr0": (CR0,), "cr3": (CR3,), "cr4": (CR4,), "cr": (CR0, CR3, CR4)}
 _KINDS = {event_name(number): Kind(number) for number in EventId} | {"pause": PAUSE}
 
+NAMES = (*_CONTROL_REGISTERS, *(name for name in _KINDS if name != event_name(EventId.MSR)))
+"""What :func:`parse` takes, but for what has more after a colon."""
+
 
 def parse(name: str) -> Sequence[Interest]:
     """What a name stands for: an event's (``hypercall``), ``cr3``, ``cr`` (all three), ``msr:lstar``,

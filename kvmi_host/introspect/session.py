@@ -65,6 +65,7 @@ class PeerInfo:
 
     :ivar start_time: seconds since the epoch.
     :ivar method: how it was attached to.
+    :ivar policy: what it was attached with: a profile, a policy file's path, or ``list``.
     """
 
     uuid: UUID
@@ -72,6 +73,7 @@ class PeerInfo:
     start_time: int | None = None
     pid: int | None = None
     method: str = "socket"
+    policy: str = "unknown"
 
 
 class Session(RoundTrip):

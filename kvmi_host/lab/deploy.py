@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What of this tree goes to a host under test, as one tar stream: package, command, guest images, hardware suite, and
-the page whose programs it runs."""
+the pages whose programs and commands it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvmi_host.lab.images import guest_images
 TOP = PurePosixPath("/opt/kvmi-host")
 """The folder on the host that holds all of it."""
 
-_AS_HERE = ("tests/hardware", "docs/library.md", "pyproject.toml")
+_AS_HERE = ("tests/hardware", "docs/library.md", "docs/operating.md", "pyproject.toml")
 _LAUNCHER = f"""#!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
 PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"

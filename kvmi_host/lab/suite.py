@@ -27,7 +27,7 @@ Runner = Callable[[Sequence[str], Path], int]
 """Runs pytest with these arguments on one host, and shows its output as it comes. The folder gets ``junit.xml``,
 ``dmesg.log``, and from an emulated host ``console.log``. Returns pytest's exit status."""
 
-_DEADLINE = 1500
+_DEADLINE = 2400
 _REPORT, _DMESG = "/run/kvmi-host-suite.xml", "/run/kvmi-host-dmesg.log"
 _UNCHECKED = "not debug_kernel"
 """Which tests are for a kernel that does not check itself, as pytest's ``-m``."""

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from kvmi_host.attach import FULL, AlreadyHooked, Policy, attach, find_target
+from kvmi_host.attach.policy import Allow
 from kvmi_host.attach.session import hand_to_kernel
 from kvmi_host.host.debug_kernel import KMEMLEAK
 from kvmi_host.introspect import Session, SessionClosed
@@ -208,7 +209,7 @@ class SharedGuests:
             guest.kill()
 
 
-def hook(guest: LiveGuest, allow: str = "full") -> Session:
+def hook(guest: LiveGuest, allow: Allow = "full") -> Session:
     """Hook a guest; a session that has just lost its introspector may take a moment to end."""
     deadline = monotonic() + DEADLINE
     while True:

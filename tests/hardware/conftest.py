@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from _pytest.capture import CaptureManager
 
+from kvmi_host.attach.policy import Allow
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.host.debug_kernel import locks_are_checked, lost_memory
 from kvmi_host.host.kernel_log import TROUBLE
@@ -72,7 +73,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Linux boots before the shared guest takes its part of the host; tests that unload the modules go last."""
-    order = {"test_linux.py": -1, "test_modules.py": 1}
+    order = {"test_linux.py": -1, "test_guide.py": -1, "test_operator.py": -1, "test_modules.py": 1}
     items.sort(key=lambda item: order.get(item.path.name, 0))
 
 
@@ -206,7 +207,7 @@ def hooked() -> Iterator[Callable[..., Session]]:
     """Hooks a guest: ``hooked(guest, allow="full")``. The sessions end with the test."""
     sessions = []
 
-    def make(guest: LiveGuest, allow: str = "full") -> Session:
+    def make(guest: LiveGuest, allow: Allow = "full") -> Session:
         sessions.append(hook(guest, allow))
         return sessions[-1]
 

@@ -43,7 +43,7 @@ def qemu(tmp_path, monkeypatch):
     """This process, as if it were that QEMU."""
     monkeypatch.setattr(qemu_object, "_RUN", tmp_path / "run")
     monkeypatch.setattr(qemu_object, "_SETTLED", 0.2)
-    monkeypatch.setattr(session, "find_target", lambda vm, uri: WEBSERVER)
+    monkeypatch.setattr(session, "find_target", lambda vm, uri, wait: WEBSERVER)
     path = os.fspath(tmp_path / "qmp.sock")
     monkeypatch.setattr(monitor, "command_line", lambda pid: ["-qmp", f"unix:{path},server=on"])
     with SimulatedQemu(path) as simulated:

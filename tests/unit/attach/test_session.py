@@ -14,6 +14,7 @@ from kvmi_host.attach import (
     AlreadyHooked,
     AttachError,
     NotHooked,
+    PolicyRefused,
     attach,
     detach,
     find_target,
@@ -56,6 +57,29 @@ def test_a_full_session_can_change_the_guest(simulated_vm, vm):
 def test_a_list_is_what_is_allowed(simulated_vm, vm):
     attach(vm, allow="get-max-gfn,event:cr").close()
     assert simulated_vm.calls[1:] == [("allow_command", 29), ("allow_event", 1)]
+
+
+def test_a_policy_file_is_what_is_allowed(simulated_vm, vm, tmp_path):
+    file = tmp_path / "web.toml"
+    file.write_text('commands = ["get-max-gfn"]\nevents = ["cr"]')
+    with attach(vm, policy=file) as attached:
+        assert attached.session.peer.policy == str(file)
+    assert simulated_vm.calls[0][2] is True
+    assert simulated_vm.calls[1:] == [("allow_command", 29), ("allow_event", 1)]
+
+
+def test_what_a_policy_file_does_not_allow_is_not_attached_with(simulated_vm, vm, tmp_path):
+    file = tmp_path / "web.toml"
+    file.touch()
+    with pytest.raises(PolicyRefused):
+        attach(vm, allow="full", policy=file)
+    assert simulated_vm.calls == []
+
+
+@pytest.mark.parametrize(("allow", "name"), [(None, "observe"), ("full", "full"), ("get-max-gfn", "list")])
+def test_the_session_says_what_its_policy_is(simulated_vm, vm, allow, name):
+    with attach(vm, allow=allow) as attached:
+        assert attached.facts.policy == name
 
 
 def test_attaching_leaves_no_descriptor_of_the_vm_behind(simulated_vm, vm):

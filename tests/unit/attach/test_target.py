@@ -64,18 +64,15 @@ def test_a_guest_that_comes_to_run_is_waited_for(vmm, monkeypatch):
     assert find_target("test", TEST_DRIVER, wait=3600).pid == vmm
 
 
-def test_a_guest_that_is_being_migrated_is_not_running_yet(vmm):
+def test_a_guest_that_is_being_migrated_is_not_running_yet(vmm, monkeypatch):
     connection = libvirt.open(TEST_DRIVER)
     domain = connection.lookupByName("test")
     domain.suspend()
     try:
         assert find_target("test", TEST_DRIVER).pid == vmm  # paused by someone: it is all there
         state = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            pytest.raises(VmNotRunning, match="is being migrated"),
-        ):
-            patch.setattr(libvirt.virDomain, "state", lambda self, flags=0: state)
+        monkeypatch.setattr(libvirt.virDomain, "state", lambda self, flags=0: state)
+        with pytest.raises(VmNotRunning, match="is being migrated"):
             find_target("test", TEST_DRIVER)
     finally:
         domain.resume()

@@ -30,7 +30,7 @@ def test_json_is_the_session_then_events_then_the_summary(kernel):
     kernel.fire(EventId.HYPERCALL, vcpu=1, mode=4)
     first, cr, hypercall, last = lines(run("--json", "--count", "2"))
     session = first["session"]
-    assert set(session) == {"uuid", "name", "version", "dialect", "vcpus", "commands", "events", "method"}
+    assert set(session) == {"uuid", "name", "version", "dialect", "vcpus", "commands", "events", "method", "policy"}
     assert (session["name"], session["dialect"], session["vcpus"]) == ("webserver", "v6", 2)
     assert {name: cr[name] for name in ("vm", "vcpu", "seq", "event", "mode", "rip", "cr", "old", "new")} == {
         "vm": "webserver",

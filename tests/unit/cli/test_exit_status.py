@@ -76,6 +76,15 @@ def test_wrong_usage_is_2(run, arguments):
     assert run(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize("way", [[], ["--to", "/nowhere.sock"], ["--exec", "--", "true"]], ids=["itself", "to", "exec"])
+def test_what_the_policy_file_does_not_allow_is_1_whoever_gets_the_session(run, tmp_path, way):
+    (tmp_path / "web.toml").touch()
+    options = ["--allow", "full", "--policy", str(tmp_path / "web.toml"), *way]
+    result = run("attach", f"pid:{os.getpid()}", *options)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"kvmi-host: {tmp_path}/web.toml: it does not allow set-registers, ")
+
+
 def test_a_host_that_cannot_is_3(run, monkeypatch):
     import kvmi_host
     from kvmi_host.attach import AttachRefused
