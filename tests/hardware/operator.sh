@@ -68,10 +68,6 @@ traces() {
 	grep -H . /sys/module/kvm*/refcnt
 }
 
-save() {
-	virsh --quiet managedsave "$1"
-}
-
 kvmi-host guest list > /dev/null # libvirt has started, with all that it makes for itself
 traces > "$work/before"
 
@@ -125,7 +121,7 @@ tail -n 1 "$work/walk.json" | grep -q '"ended": "unhook"' || die "the session di
 
 say "saving and restoring $linux"
 beats=$(grep -c "kvmi-guest: alive" "$log")
-save "$linux"
+kvmi-host guest save "$linux"
 kvmi-host guest list
 kvmi-host guest start "$linux"
 # libvirt begins the log anew; the guest goes on where it was.
