@@ -18,7 +18,7 @@ import pytest
 from kvmi_host.attach import attach
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import EventId
-from kvmi_host.provision import Guest, connect, define, destroy, find_domain, find_image, start
+from kvmi_host.provision import Guest, connect, define, destroy, find_domain, find_image, serial_log, start
 from kvmi_host.testing.live import DEADLINE, Walker
 
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
@@ -36,7 +36,7 @@ class LinuxGuest:
     def __init__(self, connection: libvirt.virConnect, name: str) -> None:
         self.name = name
         self.connection = connection
-        self.log = Path(str(Guest(name=name, image=find_image("linux")).serial_log))
+        self.log = Path(str(serial_log("qemu:///system", name)))
 
     def await_growth(self, word: str = "alive") -> None:
         """Wait for a line with `word` that is not there yet."""
