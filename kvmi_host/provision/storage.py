@@ -123,7 +123,7 @@ def _pool_path(uri: str) -> PurePosixPath:
         return PurePosixPath("/var/lib/libvirt/images")
     if is_remote(uri):
         raise ProvisionError(
-            f"{uri} has no storage pool {POOL!r}, and where its user's home is cannot be told from here: make one there:"
+            f"{uri} has no pool {POOL!r}, and where its user's home is cannot be told from here: make one there,"
             f" virsh -c qemu:///session pool-create-as {POOL} dir --target ~/.local/share/libvirt/images --build"
         )
     return PurePosixPath(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "libvirt/images"
