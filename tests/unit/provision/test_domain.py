@@ -28,7 +28,10 @@ def find_image(name: str) -> Image:
 LINUX = find_image("linux")
 
 
-def xml(storage: Storage = Storage(), serial_log: PurePosixPath | None = None, **settings: object) -> str:
+NO_STORAGE = Storage()
+
+
+def xml(storage: Storage = NO_STORAGE, serial_log: PurePosixPath | None = None, **settings: object) -> str:
     return domain_xml(Guest(**{"name": "web", "image": LINUX, **settings}), storage, serial_log)
 
 
