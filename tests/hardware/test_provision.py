@@ -18,7 +18,6 @@ import pytest
 
 from kvmi_host.attach import attach
 from kvmi_host.provision import (
-    Firmware,
     Guest,
     Introspection,
     Method,
@@ -37,7 +36,7 @@ from kvmi_host.provision import (
 )
 from kvmi_host.testing.live import DEADLINE
 
-pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
+pytestmark = [pytest.mark.hardware, pytest.mark.libvirt, pytest.mark.services]
 
 URI = "qemu:///system"
 PATIENCE = 4 * DEADLINE  # an emulated host compiles a profile and starts QEMU for each guest
@@ -164,10 +163,6 @@ def test_a_name_whose_volume_is_taken_leaves_that_alone(
         assert "hwtest-first.qcow2" in volumes(connection)
     finally:
         find_domain(connection, "hwtest-second").rename("hwtest-first")
-
-
-def test_uefi_starts_the_linux_guest(create: Callable[..., str]) -> None:
-    said(create("hwtest-uefi", "linux", memory=256, firmware=Firmware.UEFI), "userspace")
 
 
 def test_a_guest_is_on_libvirts_network(connection: libvirt.virConnect, create: Callable[..., str]) -> None:
