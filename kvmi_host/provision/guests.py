@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 from kvmi_host.provision.domain import Guest, domain_xml, has_nvram, made_by_us
 from kvmi_host.provision.errors import GuestExists, ProvisionError
-from kvmi_host.provision.libvirtd import find_domain, serial_log
+from kvmi_host.provision.libvirtd import find_domain, is_session, serial_log
 from kvmi_host.provision.storage import Tell, provide, remove
 
 if TYPE_CHECKING:
@@ -53,7 +54,11 @@ def define(connection: libvirt.virConnect, guest: Guest, tell: Tell = lambda _: 
             raise GuestExists(f"there is a guest {guest.name!r} already: kvmi-host guest destroy {guest.name}")
         image, storage = provide(connection, guest, uuid, undo, tell)
         placed = replace(guest, image=image, uuid=uuid)
-        connection.defineXML(domain_xml(placed, storage, serial_log(uri, guest.name)))
+        log = serial_log(uri, guest.name)
+        if log and is_session(uri):
+            # libvirt makes the folder of its own log, but only after it opened this one.
+            Path(log).parent.mkdir(parents=True, exist_ok=True)
+        connection.defineXML(domain_xml(placed, storage, log))
         undo.pop_all()
     return uuid
 

@@ -178,7 +178,7 @@ def test_a_guest_is_on_libvirts_network(connection: libvirt.virConnect, create: 
 
 
 def test_a_saved_guest_goes_on_where_it_was(connection: libvirt.virConnect, create: Callable[..., str]) -> None:
-    name = create("hwtest-saved", "linux")
+    name = create("hwtest-saved", "linux")  # not modewalk: docs/emulators.md, virtual-8086 mode
     said(name, "alive")
     save(connection, name)
     domain = find_domain(connection, name)
