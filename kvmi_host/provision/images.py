@@ -28,6 +28,7 @@ class Image:
     :ivar kernel: its path, and that of the initramfs. With a disk they go where the disk goes; else they are on the
         VM's host.
     :ivar disk: a qcow2, which is never written: the guest gets an overlay.
+    :ivar copied: its guests stand on a copy of the disk, even on this machine: what was built here may be built anew.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Image:
     initrd: PurePosixPath | None = None
     cmdline: str = ""
     disk: PurePosixPath | None = None
+    copied: bool = False
 
     @property
     def bare_metal(self) -> bool:
@@ -57,9 +59,8 @@ def find_image(name: str, directory: str | None = None) -> Image:
         return Image(name, images / "linux.vmlinuz", images / "linux.initrd", _SERIAL_CONSOLE)
     if name == "debian":
         cmdline = f"root=LABEL=debian ro {_SERIAL_CONSOLE}"
-        parts = (images / f"debian.{part}" for part in ("vmlinuz", "initrd", "qcow2"))
-        kernel, initrd, disk = parts
-        return Image(name, kernel, initrd, cmdline, disk)
+        kernel, initrd, disk = (images / f"debian.{part}" for part in ("vmlinuz", "initrd", "qcow2"))
+        return Image(name, kernel, initrd, cmdline, disk, copied=True)
     path = PurePosixPath(os.path.abspath(name))
     if _is_qcow2(Path(path)):
         return Image(path.name, disk=path)

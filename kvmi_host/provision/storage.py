@@ -2,7 +2,8 @@
 """A guest's disks, through libvirt's storage API: the same for a local libvirt, a remote one, and a session.
 
 An image is never written. A guest's disk is an overlay, a volume of its own. Below it is the image itself where libvirt
-is local, and else a copy on the VM's host, uploaded once: its name is a hash of what is in it.
+is local, and else a copy on the VM's host, uploaded once: its name is a hash of what is in it. Of our own disk images
+there is always a copy, for they live in a cache.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def provide(
     """
     image = guest.image
     remote = is_remote(connection.getURI())
-    if not remote:
+    copied = remote or image.copied
+    if not copied:
         for path in filter(None, (image.kernel, image.initrd)):
             # Given to QEMU's user while the guest runs.
             require_readable(connection, Path(path), by_owner=True)
@@ -62,7 +64,7 @@ def provide(
         return image, Storage()
     pool = _pool(connection)
     size = _size(connection, image.disk, remote)
-    if remote:
+    if copied:
         on_host = {path: _on_host(connection, pool, path, tell) for path in (image.kernel, image.initrd, image.disk)}
         image = replace(image, kernel=on_host[image.kernel], initrd=on_host[image.initrd], disk=on_host[image.disk])
     overlay = _create(pool, f"{guest.name}.qcow2", "qcow2", size, backing=image.disk)
@@ -147,7 +149,7 @@ def _size(connection: libvirt.virConnect, disk: PurePosixPath, remote: bool) -> 
 def _on_host(
     connection: libvirt.virConnect, pool: libvirt.virStoragePool, path: PurePosixPath | None, tell: Tell
 ) -> PurePosixPath | None:
-    """The path on a remote host of what is this file here, uploaded if it is not there yet."""
+    """The path on the VM's host of the copy of this file, uploaded if it is not there yet."""
     import libvirt
 
     if path is None or not Path(path).is_file():

@@ -12,6 +12,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from time import monotonic, sleep
 
@@ -136,11 +137,17 @@ def test_a_disk_of_the_users_is_booted_and_not_written(
     define(connection, Guest(name, find_image(str(disk))))  # for the fixture, which destroys it
 
 
-def test_destroying_leaves_no_volume(connection: libvirt.virConnect, disk: Path) -> None:
-    define(connection, Guest("hwtest-gone", find_image(str(disk)), settings=Settings("gone")))
-    assert {"hwtest-gone.qcow2", "hwtest-gone-seed.iso"} <= volumes(connection)
+def test_destroying_leaves_the_copy_of_the_image_alone(connection: libvirt.virConnect, disk: Path) -> None:
+    image = replace(find_image(str(disk)), copied=True)
+    define(connection, Guest("hwtest-gone", image, settings=Settings("gone")))
+    before = volumes(connection)
+    assert {"hwtest-gone.qcow2", "hwtest-gone-seed.iso"} <= before
     destroy(connection, "hwtest-gone")
-    assert not {name for name in volumes(connection) if name.startswith("hwtest-gone")}
+    assert before - volumes(connection) == {"hwtest-gone.qcow2", "hwtest-gone-seed.iso"}
+    (copy,) = [name for name in volumes(connection) if name.startswith("kvmi-")]
+    volume = connection.storagePoolLookupByName("default").storageVolLookupByName(copy)
+    assert Path(volume.path()).read_bytes() == disk.read_bytes()
+    volume.delete()
 
 
 def test_a_disk_that_qemu_cannot_reach_is_refused_before_it_starts(connection: libvirt.virConnect, disk: Path) -> None:

@@ -28,6 +28,7 @@ def test_debian_is_a_disk_with_its_kernel_beside_it():
     assert image.disk == PurePosixPath("/images/debian.qcow2")
     assert image.kernel == PurePosixPath("/images/debian.vmlinuz")
     assert "root=LABEL=debian" in image.cmdline
+    assert image.copied
 
 
 def test_an_image_can_be_a_kernel_of_the_users(monkeypatch, tmp_path):
