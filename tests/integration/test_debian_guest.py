@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +19,7 @@ from kvmi_host.lab.images import debian_guest
 pytestmark = pytest.mark.integration
 
 NAME = "web1"
-BOOTS_WITHIN = 900  # seconds; cloud-init alone takes most of a minute of an emulated CPU
-UPLOADS_WITHIN = 300
+UPLOADS_WITHIN = 300  # seconds
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -52,13 +51,11 @@ def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guest(box: Box, cli: Cli, key: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def guest(box: Box, cli: Cli, key: Path) -> Iterator[dict[str, Any]]:
     """A Debian guest that runs, and what was said of it when it was made."""
-    settings = tmp_path_factory.mktemp("settings") / "user-data"
-    settings.write_text("#!/bin/sh\necho settings-came-through > /dev/ttyS0\n")
     debian_guest()
     made = cli(
-        "create", NAME, "--image", "debian", "--memory", 512, "--ssh-key", key, "--user-data", settings, "--start",
+        "create", NAME, "--image", "debian", "--memory", 512, "--ssh-key", key, "--start",
         "--json",
     )  # fmt: skip
     assert "uploading" in made.stderr
@@ -66,22 +63,10 @@ def guest(box: Box, cli: Cli, key: Path, tmp_path_factory: pytest.TempPathFactor
     cli("destroy", NAME)
 
 
-def console(box: Box, guest: dict[str, Any], text: str) -> None:
-    """Wait until the guest's console shows a text."""
-    log = shlex.quote(guest["serial_log"])
-    box.run(f"until grep -q {shlex.quote(text)} {log}; do sleep 1; done", deadline=BOOTS_WITHIN)
-
-
-def test_it_boots_to_login_under_its_name(box: Box, guest: dict[str, Any]) -> None:
-    console(box, guest, f"{NAME} login:")
-
-
-def test_its_settings_are_carried_out(box: Box, guest: dict[str, Any]) -> None:
-    console(box, guest, "settings-came-through")
-
-
-def test_its_user_has_the_key(box: Box, guest: dict[str, Any], key: Path) -> None:
-    console(box, guest, key.read_text().split()[2])
+def test_it_is_started_from_what_was_uploaded(box: Box, guest: dict[str, Any]) -> None:
+    running = box.run(["virsh", "dumpxml", NAME]).stdout
+    assert len(set(re.findall(r"/var/lib/libvirt/images/kvmi-[0-9a-f]{16}\.(?:vmlinuz|initrd|qcow2)", running))) == 3
+    assert box.run(["virsh", "domstate", NAME]).stdout.strip() == "running"
 
 
 def test_a_second_one_needs_no_upload(cli: Cli, guest: dict[str, Any]) -> None:
