@@ -206,7 +206,7 @@ def _path(value: object) -> Path:
 
 def _cookie(value: object) -> bytes:
     try:
-        cookie = _read(_path(value), _MAX_COOKIE).rstrip(b"\r\n")
+        cookie = _read(_path(value), _MAX_COOKIE)
     except OSError as error:
         raise ValueError(error.strerror) from error
     if not cookie:

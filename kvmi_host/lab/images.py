@@ -21,6 +21,9 @@ from kvmi_host.lab.progress import build, started
 STOCK = "stock"
 """In place of a folder of modules: Debian's own KVM, which knows no introspection."""
 
+_DEBIAN = "debian"
+"""The guest image that takes a minute to build, and more room than the others together: only for who asks for it."""
+
 _MODULES = ("kvm.ko", "kvm-amd.ko", "kvm-intel.ko")
 
 
@@ -210,15 +213,21 @@ def selftests(series: Series) -> Path:
     return cache.entry("selftests", key, make, keep=len(Series.packaged()))
 
 
+def _guest_sources() -> Path:
+    return project_root() / "vm-images" / "guests"
+
+
 def guest_images() -> dict[str, Path]:
-    """The files of the guest images of this tree, each under the name that it has in the box.
+    """The files of the small guest images of this tree, each under the name that it has in the box.
 
     A file that is not called after its guest gets the guest's name in front: ``linux/initrd`` is ``linux.initrd``.
     """
     found: dict[str, Path] = {}
-    sources = project_root() / "vm-images" / "guests"
+    sources = _guest_sources()
     for builder in sorted(sources.glob("*/build")):
         guest = builder.parent.name
+        if guest == _DEBIAN:
+            continue
 
         def make(out: Path, builder: Path = builder, guest: str = guest) -> None:
             build(f"building the guest image {guest}", [builder, out])
@@ -228,6 +237,18 @@ def guest_images() -> dict[str, Path]:
         for file in cache.files(folder):
             found[file.name if file.name.startswith(guest) else f"{guest}.{file.name}"] = file
     return found
+
+
+def debian_guest() -> Path:
+    """The folder of the Debian guest, built if its recipe changed since (a minute, from the network)."""
+    recipe = _guest_sources() / _DEBIAN
+
+    def make(out: Path) -> None:
+        _require_root("the Debian guest is built")
+        program("qemu-img", "qemu-utils")
+        build("building the Debian guest", [recipe / "build", out])
+
+    return cache.entry("debian", cache.digest(recipe), make)
 
 
 def qemu_version(qemu: str) -> str:

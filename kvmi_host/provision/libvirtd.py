@@ -7,6 +7,7 @@ libvirt's Python binding is imported when a connection is opened: it is not need
 from __future__ import annotations
 
 import os
+from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -27,6 +28,24 @@ def default_uri() -> str:
 def is_remote(uri: str) -> bool:
     """Whether the guests of this URI run on another machine: it names a host."""
     return bool(urlsplit(uri).hostname)
+
+
+def is_session(uri: str) -> bool:
+    """Whether that libvirt is a user's own."""
+    return urlsplit(uri).path == "/session"
+
+
+def serial_log(uri: str, name: str) -> PurePosixPath | None:
+    """The file on the VM's host that is to keep what a guest writes to its serial port: beside libvirt's own log of it.
+
+    None for a session on another machine, of whose home nothing is known here.
+    """
+    if not is_session(uri):
+        return PurePosixPath("/var/log/libvirt/qemu", f"{name}-serial.log")
+    if is_remote(uri):
+        return None
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return PurePosixPath(cache, "libvirt/qemu/log", f"{name}-serial.log")
 
 
 def connect(uri: str | None = None, timeout: float = 30.0) -> libvirt.virConnect:

@@ -9,7 +9,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
-from kvmi_host.provision import Guest, connect, define, destroy, find_domain, find_image, start
+from kvmi_host.provision import Guest, connect, define, destroy, find_domain, find_image, serial_log, start
 from kvmi_host.testing.live import DEADLINE, LiveError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class LinuxGuest:
         self.name = name
         self.vcpus = vcpus
         self.connection = connection
-        self.log = Path(str(Guest(name=name, image=find_image("linux")).serial_log))
+        self.log = Path(str(serial_log("qemu:///system", name)))
 
     @property
     def domain(self) -> libvirt.virDomain:

@@ -91,7 +91,7 @@ def symbols(image: Path | None = None) -> Mapping[str, int]:
 
     :param image: the guest's ELF file; by default the one that live guests are booted from.
     """
-    with (image or Path(find_image("puppet").kernel)).open("rb") as file:
+    with (image or Path(str(find_image("puppet").kernel))).open("rb") as file:
         table = ELFFile(file).get_section_by_name(".symtab")
         assert isinstance(table, SymbolTableSection)
         return {symbol.name: symbol["st_value"] for symbol in table.iter_symbols()}

@@ -52,7 +52,7 @@ def test_a_whole_file(config, tmp_path):
         match = "*"
     """)
     assert whole.listen.socket == Path("/run/kvmi-agent/agent.sock")
-    assert (whole.listen.cookie, whole.listen.users, whole.listen.handshake_timeout) == (b"secret", {0, 1000}, 2.0)
+    assert (whole.listen.cookie, whole.listen.users, whole.listen.handshake_timeout) == (b"secret\n", {0, 1000}, 2.0)
     assert (whole.metrics, whole.level) == (("127.0.0.1", 9477), "warning")
     assert [(rule.match, list(rule.handlers)) for rule in whole.rules] == [("web-*", ["log"]), ("*", [])]
 

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The life of a guest, against libvirt's built-in test driver, and libvirts that cannot be reached."""
+"""The life of a guest, against libvirt's built-in test driver, and libvirts that cannot be reached.
+
+The test driver has pools and volumes, but no files: what is uploaded is for real libvirts, in the other suites.
+"""
 
 import os
 import socket
+import subprocess
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -13,12 +18,15 @@ from kvmi_host.provision import (
     NoImage,
     NoSuchGuest,
     ProvisionError,
+    Settings,
     connect,
     define,
     destroy,
     find_image,
     is_remote,
     list_guests,
+    save,
+    serial_log,
     start,
     stop,
 )
@@ -39,13 +47,25 @@ def kernel(tmp_path):
     return os.fspath(path)
 
 
+@pytest.fixture
+def disk(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "7M"], check=True, timeout=60)
+    return path
+
+
+def volumes(connection):
+    return {volume.name(): volume for pool in connection.listAllStoragePools() for volume in pool.listAllVolumes()}
+
+
 def states(connection):
     return {guest.name: guest.state for guest in list_guests(connection)}
 
 
 def test_guests_are_listed_with_what_they_are(connection):
     (guest,) = list_guests(connection)
-    assert (guest.name, guest.state, guest.vcpus, guest.memory, guest.image) == ("test", "running", 2, 2048, None)
+    assert (guest.name, guest.state, guest.vcpus, guest.memory) == ("test", "running", 2, 2048)
+    assert (guest.image, guest.introspection) == (None, None)
 
 
 def test_a_guest_is_stopped_and_started(connection):
@@ -66,7 +86,20 @@ def test_destroying_leaves_nothing(connection):
     assert states(connection) == {}
 
 
-@pytest.mark.parametrize("action", [start, stop, destroy])
+def test_a_saved_guest_is_off_until_it_is_started(connection):
+    save(connection, "test")
+    assert states(connection) == {"test": "shut off"}
+    start(connection, "test")
+    assert states(connection) == {"test": "running"}
+
+
+def test_a_saved_guest_is_destroyed_with_what_was_saved(connection):
+    save(connection, "test")
+    destroy(connection, "test")
+    assert states(connection) == {}
+
+
+@pytest.mark.parametrize("action", [start, stop, save, destroy])
 def test_a_guest_that_is_not_there_is_told_apart(connection, action):
     with pytest.raises(NoSuchGuest, match="'webserver'"):
         action(connection, "webserver")
@@ -90,7 +123,8 @@ def test_an_image_that_is_not_there_is_refused(connection, tmp_path):
 def test_a_guest_is_defined_with_our_settings_and_then_started(connection, kernel):
     uuid = define(connection, Guest("web", find_image(kernel), vcpus=3, memory=64))
     web = next(guest for guest in list_guests(connection) if guest.name == "web")
-    assert (web.uuid, web.state, web.vcpus, web.memory, web.image) == (uuid, "shut off", 3, 64, "kernel.elf")
+    assert (web.uuid, web.state, web.vcpus, web.memory) == (uuid, "shut off", 3, 64)
+    assert (web.image, web.introspection) == ("kernel.elf", "vm-fd")
     start(connection, str(uuid))
     assert states(connection)["web"] == "running"
 
@@ -98,6 +132,66 @@ def test_a_guest_is_defined_with_our_settings_and_then_started(connection, kerne
 def test_what_libvirt_cannot_define_it_refuses_in_its_own_words(connection, kernel):
     with pytest.raises(ProvisionError, match=r"web\n: .*name"):
         define(connection, Guest("web\n", find_image(kernel)))
+
+
+# -- disks
+
+
+def test_a_guests_disk_is_an_overlay_as_large_as_the_image(connection, disk):
+    define(connection, Guest("web", find_image(str(disk))))
+    volume = volumes(connection)["web.qcow2"]
+    assert volume.info()[1] == 7 << 20
+    assert f"<path>{disk}</path>" in volume.XMLDesc()
+
+
+def test_the_pool_for_it_is_made_once_and_started(connection, disk):
+    define(connection, Guest("one", find_image(str(disk))))
+    connection.storagePoolLookupByName("default").destroy()
+    define(connection, Guest("two", find_image(str(disk))))
+    pool = connection.storagePoolLookupByName("default")
+    assert (pool.isActive(), pool.autostart()) == (1, 1)
+
+
+def test_destroying_a_guest_deletes_its_disk_and_no_other(connection, disk):
+    for name in ("web", "db"):
+        define(connection, Guest(name, find_image(str(disk))))
+    destroy(connection, "web")
+    assert set(volumes(connection)) == {"db.qcow2"}
+    assert disk.exists()
+
+
+def test_a_disk_that_is_gone_already_does_not_keep_its_guest(connection, disk):
+    define(connection, Guest("web", find_image(str(disk))))
+    volumes(connection)["web.qcow2"].delete()
+    destroy(connection, "web")
+    assert "web" not in states(connection)
+
+
+def test_a_guest_that_cannot_be_defined_leaves_no_disk(connection, disk):
+    with pytest.raises(ProvisionError):
+        define(connection, Guest("web", find_image(str(disk)), vcpus=0))
+    assert volumes(connection) == {}
+
+
+def test_a_seed_that_cannot_be_written_leaves_nothing(connection, disk):
+    with pytest.raises(ProvisionError):  # the test driver takes no uploads
+        define(connection, Guest("web", find_image(str(disk)), settings=Settings("web")))
+    assert volumes(connection) == {}
+    assert "web" not in states(connection)
+
+
+@pytest.mark.parametrize(
+    ("uri", "log"),
+    [
+        ("qemu:///system", PurePosixPath("/var/log/libvirt/qemu/web-serial.log")),
+        ("qemu+ssh://root@lab1/system", PurePosixPath("/var/log/libvirt/qemu/web-serial.log")),
+        ("qemu:///session", PurePosixPath(Path.home(), ".cache/libvirt/qemu/log/web-serial.log")),
+        ("qemu+ssh://me@lab1/session", None),
+    ],
+)
+def test_the_serial_log_is_where_that_libvirt_has_its_own(monkeypatch, uri, log):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert serial_log(uri, "web") == log
 
 
 # -- no libvirt
