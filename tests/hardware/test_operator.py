@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("operator.sh")
 
 def test_an_operators_script_works_and_leaves_no_trace(shared: SharedGuests, capfd: pytest.CaptureFixture[str]) -> None:
     shared.stand_aside()
-    environment = {**os.environ, "OPERATOR_DEADLINE": str(int(2 * DEADLINE))}
+    environment = {**os.environ, "OPERATOR_DEADLINE": str(int(4 * DEADLINE))}
     with capfd.disabled():  # what it says is for the report, well or not
-        result = subprocess.run(["bash", str(SCRIPT)], env=environment, timeout=10 * DEADLINE, check=False)
+        result = subprocess.run(["bash", str(SCRIPT)], env=environment, timeout=15 * DEADLINE, check=False)
     assert result.returncode == 0
