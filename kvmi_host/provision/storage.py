@@ -8,7 +8,6 @@ there is always a copy, for they live in a cache.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Callable
@@ -150,6 +149,8 @@ def _on_host(
     connection: libvirt.virConnect, pool: libvirt.virStoragePool, path: PurePosixPath | None, tell: Tell
 ) -> PurePosixPath | None:
     """The path on the VM's host of the copy of this file, uploaded if it is not there yet."""
+    from hashlib import file_digest  # here: it loads OpenSSL, and those who attach need none
+
     import libvirt
 
     if path is None or not Path(path).is_file():
@@ -158,7 +159,7 @@ def _on_host(
         raise NoImage(f"{path} is an overlay, which is nothing without the file below: qemu-img convert makes it whole")
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        name = f"kvmi-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}{path.suffix}"
+        name = f"kvmi-{file_digest(file, 'sha256').hexdigest()[:16]}{path.suffix}"
         file.seek(0)
         try:
             volume = pool.storageVolLookupByName(name)

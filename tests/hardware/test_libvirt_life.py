@@ -150,7 +150,8 @@ def elsewhere(tmp_path: Path) -> Iterator[libvirt.virConnect]:
     """A second libvirtd, which takes itself for that of another host."""
     for name in ("etc", "lib", "log/qemu", "run", "sock"):
         (tmp_path / name).mkdir(parents=True)
-    shutil.copytree("/etc/libvirt", tmp_path / "etc", dirs_exist_ok=True)
+    guests_and_networks = shutil.ignore_patterns("*.xml")  # are the other one's
+    shutil.copytree("/etc/libvirt", tmp_path / "etc", ignore=guests_and_networks, dirs_exist_ok=True)
     with (tmp_path / "etc/qemu.conf").open("a") as file:
         file.write('stdio_handler = "file"\n')  # virtlogd is the other one's
     conf = tmp_path / "libvirtd.conf"
