@@ -63,14 +63,6 @@ def await_no_session() -> None:
         sleep(0.05)
 
 
-def await_active(guest: LinuxGuest, active: bool) -> None:
-    """Wait until it runs, or does not."""
-    deadline = monotonic() + PATIENCE
-    while bool(guest.domain.isActive()) is not active:
-        assert monotonic() < deadline
-        sleep(0.05)
-
-
 def save_and_start(guest: LinuxGuest) -> None:
     guest.domain.managedSave()
     guest.domain.create()
