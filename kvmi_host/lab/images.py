@@ -111,12 +111,18 @@ def _require_root(what: str) -> None:
     program("mmdebstrap", "mmdebstrap")
 
 
+def _apt_sources() -> Path:
+    """What finds where Debian's packages come from: a part of the recipes that install them."""
+    return project_root() / "vm-images" / "apt-sources"
+
+
 def host_image() -> HostImage:
     """The host's disk, built if its recipe or a kernel changed since (about a minute, from the network)."""
     releases = [kernel_release(series) for series in Series.packaged()]
     recipe = project_root() / "vm-images" / "lab-host"
     lock = project_root() / "ci" / "requirements.lock"
     parts = [recipe / name for name in ("build", "packages", "python-packages", "masked-units", "root")]
+    parts.append(_apt_sources())
     kernels = [f"{release} {_package_version(f'linux-headers-{release}')}" for release in releases]
     key = cache.digest(*parts, lock, *kernels)
 
@@ -248,7 +254,7 @@ def debian_guest() -> Path:
         program("qemu-img", "qemu-utils")
         build("building the Debian guest", [recipe / "build", out])
 
-    return cache.entry("debian", cache.digest(recipe), make)
+    return cache.entry("debian", cache.digest(recipe, _apt_sources()), make)
 
 
 def qemu_version(qemu: str) -> str:
