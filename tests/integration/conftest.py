@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The agent as a process of its own, as a service runs it."""
+"""What tests share: the agent as a process of its own, as a service runs it, and a libvirt with guests without KVM."""
 
 from __future__ import annotations
 
 import json
 import os
 import queue
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
 
 STARTS_WITHIN = 30.0  # seconds
 SAYS_WITHIN = 20.0
+LIBVIRTD_STARTS_WITHIN = 60.0
+USER = os.getuid() or 65534  # nobody
 
 Line = dict[str, Any]
 
@@ -102,3 +107,55 @@ def agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
             return process
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def libvirt_home() -> Iterator[Path]:
+    """The home of the user who runs libvirtd, with a path that a socket's address has room for."""
+    with tempfile.TemporaryDirectory(prefix="kvmi-libvirt-", dir="/var/tmp") as name:
+        os.chown(name, USER, -1)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def libvirt_uri(libvirt_home: Path) -> Iterator[str]:
+    """A libvirt with folders of its own and nothing in it. As root it would be the system's: so it is nobody's then."""
+    libvirtd = shutil.which("libvirtd", path="/usr/sbin")
+    assert libvirtd, "apt-get install libvirt-daemon libvirt-daemon-driver-qemu"
+    home = str(libvirt_home)
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": home, "XDG_RUNTIME_DIR": home}
+    socket = libvirt_home / "libvirt/libvirt-sock"
+    with subprocess.Popen([libvirtd], user=USER, extra_groups=[], cwd=home, env=environment) as daemon:
+        try:
+            deadline = monotonic() + LIBVIRTD_STARTS_WITHIN
+            while not socket.exists():
+                assert monotonic() < deadline
+                assert daemon.poll() is None
+                sleep(0.1)  # the deadline decides, not this
+            yield f"qemu+unix:///session?socket={socket}"
+        finally:
+            daemon.terminate()
+
+
+@pytest.fixture(scope="session")
+def without_kvm() -> Callable[[str], str]:
+    """Turns the XML of a guest into that of one whose CPU is emulated."""
+
+    def change(xml: str) -> str:
+        return re.sub(r"<cpu [^>]*/>", "<cpu mode='maximum'/>", xml.replace('type="kvm"', 'type="qemu"', 1))
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def wait_serial() -> Callable[[Path, str, float], str]:
+    """Waits until a guest's serial log has a text, with a deadline in seconds; what is in it then."""
+
+    def wait(log: Path, text: str, within: float) -> str:
+        deadline = monotonic() + within
+        while text not in (written := log.read_text(errors="replace") if log.exists() else ""):
+            assert monotonic() < deadline, f"no {text!r} in {within:g} s, but:\n{written[-2000:]}"
+            sleep(0.1)  # the deadline decides, not this
+        return written
+
+    return wait
