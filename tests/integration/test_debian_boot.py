@@ -8,6 +8,7 @@ Without KVM: a whole Debian takes too long on the CPU that the host in a box emu
 from __future__ import annotations
 
 import filecmp
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from hashlib import sha256
@@ -99,6 +100,10 @@ def test_its_user_data_is_run(console: Console) -> None:
 def test_its_user_has_the_key(console: Console, key: Path) -> None:
     shown = subprocess.run(["ssh-keygen", "-lf", key], capture_output=True, text=True, check=True, timeout=60).stdout
     console(f"user-data: the key is {shown.strip()}")
+
+
+def test_cloud_init_ends_without_a_complaint(console: Console) -> None:
+    assert not re.findall(r".*(?:WARNING|ERROR|[Ff]ailed).*", console(" finished at "))
 
 
 def test_destroying_it_leaves_the_image_as_it_was(console: Console, cli: Cli, image: Path, libvirt_home: Path) -> None:
