@@ -250,7 +250,8 @@ class Vm:
         """Watch from now on, and give each event to the loop. It is answered when the loop comes back for the next one:
         CONTINUE, unless :meth:`WatchedEvent.reply` said otherwise.
 
-        The loop ends when the host asks for the session (``kvmi-host detach``), or after `duration` seconds.
+        The loop ends when the host asks for the session (``kvmi-host detach``, or the VM is to be saved, migrated or
+        reset), or after `duration` seconds. Close the session soon when the host has asked: it waits for that.
 
         :raise SessionClosed: the VM or its session has ended.
         :raise CommandError: the session may not watch that, or the kernel does not have it.
