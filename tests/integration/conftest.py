@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What tests share: the agent as a process of its own, as a service runs it, and a libvirt with guests without KVM."""
+"""What tests share: the agent as a process of its own, as a service runs it; a libvirt and guests without KVM."""
 
 from __future__ import annotations
 
@@ -109,6 +109,14 @@ def agent(tmp_path: Path) -> Iterator[Callable[..., AgentProcess]]:
         yield start
 
 
+@pytest.fixture(scope="session")
+def public_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a new SSH key."""
+    path = tmp_path_factory.mktemp("key") / "id"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True, timeout=60)
+    return path.with_suffix(".pub")
+
+
 @pytest.fixture(scope="module")
 def libvirt_home() -> Iterator[Path]:
     """The home of the user who runs libvirtd, with a path that a socket's address has room for."""
@@ -154,7 +162,7 @@ def wait_serial() -> Callable[[Path, str, float], str]:
     def wait(log: Path, text: str, within: float) -> str:
         deadline = monotonic() + within
         while text not in (written := log.read_text(errors="replace") if log.exists() else ""):
-            assert monotonic() < deadline, f"no {text!r} in {within:g} s, but:\n{written[-2000:]}"
+            assert monotonic() < deadline, f"no {text!r} in time, but:\n{written[-2000:]}"
             sleep(0.1)  # the deadline decides, not this
         return written
 

@@ -2,7 +2,8 @@
 """The Debian guest, made by the command line in a user's own libvirt on this machine, boots with the settings it is
 given.
 
-Without KVM: a whole Debian takes too long on the CPU that the host in a box emulates for its guests.
+Without KVM: a whole Debian takes too long on the CPU that the host in a box emulates for its guests. With one vCPU:
+with two, emulated by threads, a boot was seen to hang in modprobe.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from typer.testing import CliRunner
@@ -24,7 +26,7 @@ from kvmi_host.provision import domain_xml, guests
 pytestmark = pytest.mark.integration
 
 NAME = "integration-debian"
-BOOTS_WITHIN = 600  # seconds
+BOOTS_WITHIN = 400  # seconds
 USER_DATA = """#!/bin/sh
 echo "user-data: the key is $(ssh-keygen -lf ~debian/.ssh/authorized_keys)" > /dev/ttyS0
 """
@@ -37,13 +39,6 @@ Console = Callable[[str], str]
 def image() -> Path:
     """The folder of the image, built if need be."""
     return debian_guest()
-
-
-@pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("key") / "id"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True, timeout=60)
-    return path.with_suffix(".pub")
 
 
 @pytest.fixture(scope="module")
@@ -70,21 +65,22 @@ def cli(libvirt_home: Path, libvirt_uri: str, image: Path, without_kvm: Callable
 def console(
     libvirt_home: Path,
     cli: Cli,
-    key: Path,
+    public_key: Path,
     tmp_path_factory: pytest.TempPathFactory,
     wait_serial: Callable[[Path, str, float], str],
 ) -> Iterator[Console]:
-    """A Debian guest that was started; waits until its console shows a text."""
+    """A Debian guest that was started; waits until its console shows a text, no longer in all than a boot may take."""
     log = libvirt_home / f".cache/libvirt/qemu/log/{NAME}-serial.log"
     # Whoever runs libvirt makes these; here that is not who runs the command.
     subprocess.run(["mkdir", "-p", log.parent], user=libvirt_home.stat().st_uid, check=True, timeout=60)
     user_data = tmp_path_factory.mktemp("settings") / "user-data"
     user_data.write_text(USER_DATA)
     cli(
-        "create", NAME, "--image", "debian", "--vcpus", 2, "--hostname", "web9", "--ssh-key", key,
+        "create", NAME, "--image", "debian", "--hostname", "web9", "--ssh-key", public_key,
         "--user-data", user_data, "--start",
     )  # fmt: skip
-    yield lambda text: wait_serial(log, text, BOOTS_WITHIN)
+    deadline = monotonic() + BOOTS_WITHIN
+    yield lambda text: wait_serial(log, text, deadline - monotonic())
     if NAME in cli("list"):
         cli("destroy", NAME)
 
@@ -97,8 +93,10 @@ def test_its_user_data_is_run(console: Console) -> None:
     console("user-data: ")
 
 
-def test_its_user_has_the_key(console: Console, key: Path) -> None:
-    shown = subprocess.run(["ssh-keygen", "-lf", key], capture_output=True, text=True, check=True, timeout=60).stdout
+def test_its_user_has_the_key(console: Console, public_key: Path) -> None:
+    shown = subprocess.run(
+        ["ssh-keygen", "-lf", public_key], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     console(f"user-data: the key is {shown.strip()}")
 
 

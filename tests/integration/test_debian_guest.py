@@ -44,18 +44,11 @@ def cli(box: Box) -> Cli:
 
 
 @pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("key") / "id"
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True, timeout=60)
-    return path.with_suffix(".pub")
-
-
-@pytest.fixture(scope="module")
-def guest(box: Box, cli: Cli, key: Path) -> Iterator[dict[str, Any]]:
+def guest(box: Box, cli: Cli, public_key: Path) -> Iterator[dict[str, Any]]:
     """A Debian guest that runs, and what was said of it when it was made."""
     debian_guest()
     made = cli(
-        "create", NAME, "--image", "debian", "--memory", 512, "--ssh-key", key, "--start",
+        "create", NAME, "--image", "debian", "--memory", 512, "--ssh-key", public_key, "--start",
         "--json",
     )  # fmt: skip
     assert "uploading" in made.stderr
