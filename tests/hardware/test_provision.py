@@ -208,6 +208,7 @@ def introspector() -> Iterator[socket.socket]:
     """What listens where docs/guests.md has AppArmor let QEMU through."""
     address = Path("/run/kvmi-agent/agent.sock")
     address.parent.mkdir(exist_ok=True)
+    address.parent.chmod(0o755)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         shutil.chown(address, "libvirt-qemu")

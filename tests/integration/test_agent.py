@@ -76,7 +76,7 @@ def test_the_events_of_a_vm_are_handled(agent: StartAgent) -> None:
 
 
 def test_who_has_another_secret_finds_out(agent: StartAgent, tmp_path: Path) -> None:
-    (tmp_path / "cookie").write_text("secret\n")
+    (tmp_path / "cookie").write_text("secret")
     process = agent(f'listen.cookie_file = "{tmp_path}/cookie"\n{HYPERCALLS}')
     with announced(process.socket, cookie=b"secret") as kernel:
         kernel.await_enabled(EventId.HYPERCALL)
