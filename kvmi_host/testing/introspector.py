@@ -4,12 +4,13 @@
     python introspector.py listen SOCKET [COOKIE]     as a server of QEMU's handshake
     python introspector.py fd                         with the socket that LISTEN_FDS says
 
-It prints JSON lines: ``listening``; what the VM's side said in the handshake; the answer to GET_VERSION; ``unhook``
-when it is asked to close; and ``closed``.
+It prints JSON lines: ``listening``; what the VM's side said in the handshake; the version, once it has asked for the
+UNHOOK event; ``unhook`` when that comes; and ``closed``.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -53,14 +54,24 @@ def shake_hands(sock: socket.socket, cookie: str | None) -> None:
 
 
 def introspect(sock: socket.socket) -> None:
-    """Ask for the version and for the UNHOOK event, and stay until it comes or the session ends."""
-    sock.sendall(_HEADER.pack(GET_VERSION, 0, 1))
-    sock.sendall(_HEADER.pack(CONTROL_VM_EVENTS, 8, 2) + struct.pack("<HB5x", UNHOOK, 1))
+    """Ask for the version and for the UNHOOK event, and stay until it comes or the session ends.
+
+    What the session may do is said a moment after KVM has begun to speak: until then the answer is -EPERM.
+    """
+    version = 0
+    ask_for_unhook = _HEADER.pack(CONTROL_VM_EVENTS, 8, 2) + struct.pack("<HB5x", UNHOOK, 1)
+    sock.sendall(_HEADER.pack(GET_VERSION, 0, 1) + ask_for_unhook)
     while header := exactly(sock, _HEADER.size):
         number, size, _ = _HEADER.unpack(header)
         payload = exactly(sock, size)
         if number == GET_VERSION:
-            say(error=struct.unpack_from("<i", payload)[0], version=struct.unpack_from("<I", payload, 8)[0])
+            (version,) = struct.unpack_from("<I", payload, 8)
+        elif number == CONTROL_VM_EVENTS:
+            (error,) = struct.unpack_from("<i", payload)
+            if error == -errno.EPERM:
+                sock.sendall(ask_for_unhook)
+            else:
+                say(error=error, version=version)
         elif number == EVENT:
             say(unhook=True)
             break
