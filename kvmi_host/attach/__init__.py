@@ -14,13 +14,13 @@ from kvmi_host.attach.errors import (
     VmNotRunning,
 )
 from kvmi_host.attach.handover import hand_over, run_with_session
-from kvmi_host.attach.methods import Method
 from kvmi_host.attach.policy import FULL, OBSERVE, Policy, command_id, event_id, policy_for
 from kvmi_host.attach.policy_file import policy_of, read_policy
 from kvmi_host.attach.release import detach
 from kvmi_host.attach.session import attach
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
+from kvmi_host.provision import Method
 
 __all__ = [
     "FULL",

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 
 from kvmi_host.attach.errors import AlreadyHooked, AttachError
-from kvmi_host.attach.methods import Method, choose, require_full
+from kvmi_host.attach.methods import choose, require_full
 from kvmi_host.attach.policy import Policy
 from kvmi_host.attach.qemu_object import hand_over_object
 from kvmi_host.attach.session import connect_target, hand_to_kernel
@@ -17,6 +17,7 @@ from kvmi_host.attach.target import Target
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.introspect.greeting import introduce
 from kvmi_host.protocol import Hello
+from kvmi_host.provision import Method
 
 _FIRST_PASSED_FD = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 _PASSED_ON = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}

@@ -3,23 +3,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 from kvmi_host.attach.errors import AttachError, AttachRefused
 from kvmi_host.attach.policy import FULL, Policy
 from kvmi_host.attach.qemu_object import require_object
 from kvmi_host.attach.target import Target
 from kvmi_host.attach.vmfd import VmHandle
-from kvmi_host.provision import ProvisionError
-
-
-class Method(StrEnum):
-    """How an introspector gets its connection with KVM."""
-
-    VM_FD = "vm-fd"
-    """Our modules: the ioctls on the VM's descriptor, whatever the VMM is."""
-    QEMU_OBJECT = "qemu-object"
-    """KVM-VMI's kernel and QEMU: QEMU makes the connection."""
+from kvmi_host.provision import Method, ProvisionError
 
 
 def choose(target: Target, wanted: str = "auto") -> Method:

@@ -14,7 +14,6 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from struct import Struct
 from time import monotonic, sleep
 
 from kvmi_host.attach.errors import (
@@ -28,7 +27,7 @@ from kvmi_host.attach.errors import (
 from kvmi_host.attach.monitor import Monitor, open_monitor
 from kvmi_host.attach.target import Target
 from kvmi_host.introspect.greeting import greet
-from kvmi_host.introspect.listener import check_user, listen_at
+from kvmi_host.introspect.listener import check_user, listen_at, peer_of
 
 TYPE = "introspection"
 OBJECT = "kvmi-host-session"
@@ -43,7 +42,6 @@ _PROC = Path("/proc")
 _FLAT_SINCE = (6, 0)  # object-add takes an object's properties beside its id; before, in "props"
 _SETTLED = 1.0  # seconds that a connection lasts which QEMU has not dropped at once, for a wrong cookie
 _POLL = 0.05  # seconds between two looks: QEMU tells nobody of these things
-_UCRED = Struct("=iII")  # struct ucred: pid, uid, gid
 
 
 def require_object(target: Target) -> None:
@@ -277,7 +275,7 @@ def _accept(listening: socket.socket, target: Target, path: str, timeout: float)
         ) from None
     try:
         check_user(sock, {_user_of(target.pid)})
-        pid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
+        pid, _ = peer_of(sock)
         if pid != target.pid:
             raise AttachError(f"process {pid} connected to {path}, not QEMU's ({target.pid}): try again")
     except BaseException:

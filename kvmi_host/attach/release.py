@@ -6,10 +6,11 @@ from __future__ import annotations
 from time import monotonic, sleep
 
 from kvmi_host.attach.errors import NotHooked
-from kvmi_host.attach.methods import Method, choose
+from kvmi_host.attach.methods import choose
 from kvmi_host.attach.qemu_object import remove_object
 from kvmi_host.attach.target import Target
 from kvmi_host.attach.vmfd import VmHandle
+from kvmi_host.provision import Method
 
 
 def detach(target: Target, timeout: float = 5.0, method: str = "auto") -> bool:

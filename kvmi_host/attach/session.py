@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kvmi_host.attach.methods import Method, choose, require_full
+from kvmi_host.attach.methods import choose, require_full
 from kvmi_host.attach.policy import Allow, Policy, policy_for
 from kvmi_host.attach.policy_file import policy_of
 from kvmi_host.attach.qemu_object import connect_object, leave_object
 from kvmi_host.attach.target import Target, find_target
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.introspect import PeerInfo, Session, Tap, Vm
+from kvmi_host.provision import Method
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,8 +75,8 @@ def _from_libvirt(vm: str, uri: str | None) -> Target:
         raise VmNotRunning(f"{name} is being migrated: its memory is here no more, or not yet")
     if not running:
         raise VmNotRunning(f"{name} is shut off: kvmi-host guest start {name}")
-    for pid in _processes():
-        if _option(command_line(pid), "-uuid") == str(uuid):
+    for pid in processes():
+        if option_of(command_line(pid), "-uuid") == str(uuid):
             return Target(pid, name, uuid, _start_time(pid), wanted)
     raise VmNotRunning(f"{name} is running, but no process on this host has its UUID {uuid}")
 
@@ -96,12 +96,13 @@ def _from_pid(vm: str) -> Target:
     if not (_PROC / str(pid)).is_dir():
         raise NoSuchVm(f"there is no process {pid}")
     words = command_line(pid)
-    name = (_option(words, "-name") or "").split(",", 1)[0].removeprefix("guest=")
-    uuid = _option(words, "-uuid")
+    name = (option_of(words, "-name") or "").split(",", 1)[0].removeprefix("guest=")
+    uuid = option_of(words, "-uuid")
     return Target(pid, name or vm, UUID(uuid) if uuid else _NO_UUID, _start_time(pid))
 
 
-def _processes() -> Iterator[int]:
+def processes() -> Iterator[int]:
+    """The processes that there are."""
     return (int(entry) for entry in os.listdir(_PROC) if entry.isdigit())
 
 
@@ -113,7 +114,7 @@ def command_line(pid: int) -> list[str]:
         return []  # it ended since it was listed
 
 
-def _option(words: list[str], option: str) -> str | None:
+def option_of(words: list[str], option: str) -> str | None:
     """The argument that follows `option` on QEMU's command line."""
     for word, value in pairwise(words):
         if word == option:

@@ -10,7 +10,6 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
-from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 
@@ -23,9 +22,7 @@ _BREAKS = frozenset(":=")
 """What bash breaks words at, besides blanks: COMP_WORDBREAKS."""
 
 _DEADLINE = 1.0  # seconds that libvirt may take: longer, and it seems to hang
-_PROC = Path("/proc")
 _IMAGES = ("modewalk", "linux", "debian")
-_PROFILES = ("observe", "full")
 
 
 def running_vms(incomplete: str) -> list[str]:
@@ -33,20 +30,19 @@ def running_vms(incomplete: str) -> list[str]:
 
     Their processes' command lines tell, which every user may read: at once, and whether or not libvirt answers.
     """
+    from kvmi_host.attach.target import command_line, option_of, processes
+
     vms = []
-    for entry in _PROC.iterdir():
-        try:
-            words = (entry / "cmdline").read_text(errors="replace").split("\0") if entry.name.isdigit() else [""]
-        except OSError:
-            continue  # it ended since it was listed
-        if not Path(words[0]).name.startswith("qemu-system"):
+    for pid in processes():
+        words = command_line(pid)
+        if not words or not Path(words[0]).name.startswith("qemu-system"):
             continue
-        # libvirt always writes guest=; see virsh domxml-to-native.
-        names = [value for word, value in pairwise(words) if word == "-name" and value.startswith("guest=")]
-        if names:
-            vms.append(names[0].removeprefix("guest=").partition(",")[0])
-        if not names or incomplete.startswith("pid:"):
-            vms.append(f"pid:{entry.name}")
+        name = option_of(words, "-name") or ""
+        by_libvirt = name.startswith("guest=")  # always so; see virsh domxml-to-native
+        if by_libvirt:
+            vms.append(name.removeprefix("guest=").partition(",")[0])
+        if not by_libvirt or incomplete.startswith("pid:"):
+            vms.append(f"pid:{pid}")
     return sorted(vms)
 
 
@@ -90,9 +86,11 @@ def events(incomplete: str) -> list[str]:
 
 def allowances(incomplete: str) -> list[str]:
     """What ``--allow`` takes: a profile, or a list of commands and events."""
+    from kvmi_host.attach.policy import PROFILES
+
     commands = [command_name(command) for command in Command if command > Command.EVENT]
     listed = _next_of_list(incomplete, [*commands, *(f"event:{event_name(event)}" for event in EventId)])
-    return listed if "," in incomplete else [*_PROFILES, *listed]
+    return listed if "," in incomplete else [*PROFILES, *listed]
 
 
 def images() -> Sequence[str]:
@@ -128,7 +126,7 @@ def complete_as_bash_breaks_words(app: Callable[[], object]) -> bool:
         with redirect_stdout(said):
             app()
     finally:
-        print("\n".join(line.removeprefix(stays) for line in said.getvalue().splitlines()))  # noqa: T201
+        typer.echo("\n".join(line.removeprefix(stays) for line in said.getvalue().splitlines()))
     return True
 
 

@@ -99,13 +99,19 @@ def listen_at(path: Path) -> socket.socket:
     return sock
 
 
+def peer_of(sock: socket.socket) -> tuple[int, int]:
+    """The process and the user at the other end of a UNIX socket."""
+    process, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return process, user
+
+
 def check_user(sock: socket.socket, users: Collection[int] | None) -> None:
     """May the user at the other end of a UNIX socket connect?
 
     :param users: user ids that may; None: root and this user.
     :raise HandshakeError: no.
     """
-    _, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    _, user = peer_of(sock)
     if user not in ({0, os.geteuid()} if users is None else users):
         raise HandshakeError(f"handshake: user {user} may not connect here")
 

@@ -34,10 +34,12 @@ class Firmware(StrEnum):
 
 
 class Method(StrEnum):
-    """How the guest's introspection socket comes about: see :mod:`kvmi_host.attach`."""
+    """How an introspector gets its connection with KVM."""
 
     VM_FD = "vm-fd"
+    """Our modules: the ioctls on the VM's descriptor, whatever the VMM is."""
     QEMU_OBJECT = "qemu-object"
+    """KVM-VMI's kernel and QEMU: QEMU makes the connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +228,10 @@ def _disks(devices: ET.Element, storage: Storage) -> None:
         ET.SubElement(_disk(devices, storage.seed, "raw", "vdb"), "readonly")
 
 
-def _disk(devices: ET.Element, volume: Volume, format: str, target: str) -> ET.Element:  # noqa: A002 # libvirt's word
+def _disk(devices: ET.Element, volume: Volume, driver: str, target: str) -> ET.Element:
     # type="volume" would be shorter, but libvirt's AppArmor driver does not look up what such disks are.
     disk = ET.SubElement(devices, "disk", type="file", device="disk")
-    ET.SubElement(disk, "driver", name="qemu", type=format)
+    ET.SubElement(disk, "driver", name="qemu", type=driver)
     ET.SubElement(disk, "source", file=str(volume.path))
     ET.SubElement(disk, "target", dev=target, bus="virtio")
     return disk

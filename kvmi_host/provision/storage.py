@@ -177,7 +177,7 @@ def _on_host(
 def _create(
     pool: libvirt.virStoragePool,
     name: str,
-    format: str,  # noqa: A002 # libvirt's word
+    kind: str,
     size: int,
     *,
     backing: PurePosixPath | None = None,
@@ -192,7 +192,7 @@ def _create(
     ET.SubElement(description, "capacity", unit="bytes").text = str(size)
     ET.SubElement(description, "allocation").text = "0"
     target = ET.SubElement(description, "target")
-    ET.SubElement(target, "format", type=format)
+    ET.SubElement(target, "format", type=kind)
     if owner:
         permissions = ET.SubElement(target, "permissions")
         for what, value in (("mode", "0400"), ("owner", str(owner.uid)), ("group", str(owner.gid))):

@@ -4,6 +4,8 @@
 import json
 import os
 import socket
+import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -99,29 +101,26 @@ def test_one_that_does_not_speak_qmp_is_told_apart(tmp_path, greeting, capfd):
             waiting.connect(path)
             served, _ = listening.accept()
             served.close()
-        with pytest.raises(MonitorUnreachable), _greeted(listening, greeting):
+        with pytest.raises(MonitorUnreachable), greeted(listening, greeting):
             QmpMonitor(path, timeout=5)
     assert capfd.readouterr().err == ""
 
 
-class _greeted:  # noqa: N801 - a context manager
+@contextmanager
+def greeted(listening, greeting):
     """Says this to the first who connects, and hangs up."""
 
-    def __init__(self, listening, greeting):
-        from threading import Thread
+    def greet():
+        sock, _ = listening.accept()
+        with sock:
+            sock.sendall(greeting)
 
-        def greet():
-            sock, _ = listening.accept()
-            with sock:
-                sock.sendall(greeting)
-
-        self._thread = Thread(target=greet)
-
-    def __enter__(self):
-        self._thread.start()
-
-    def __exit__(self, *_):
-        self._thread.join(10)
+    thread = threading.Thread(target=greet)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(10)
 
 
 def test_a_process_without_one_says_to_use_its_libvirt_name():

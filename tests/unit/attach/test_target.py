@@ -59,8 +59,8 @@ def test_a_guest_without_a_process_here_is_not_running():
 
 
 def test_a_guest_that_comes_to_run_is_waited_for(vmm, monkeypatch):
-    monkeypatch.setattr(target, "_processes", lambda: iter(()))
-    monkeypatch.setattr(target, "sleep", lambda _: monkeypatch.setattr(target, "_processes", lambda: iter([vmm])))
+    monkeypatch.setattr(target, "processes", lambda: iter(()))
+    monkeypatch.setattr(target, "sleep", lambda _: monkeypatch.setattr(target, "processes", lambda: iter([vmm])))
     assert find_target("test", TEST_DRIVER, wait=3600).pid == vmm
 
 
