@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from kvmi_host.cli.options import CpuVendor, Kernel, Vendor
+from kvmi_host.cli.options import CpuVendor, Kernel
 from kvmi_host.host.kernels import Series
+from kvmi_host.host.vendor import Vendor
 
 app = typer.Typer(name="hwtest", pretty_exceptions_enable=False, add_completion=False)
 
