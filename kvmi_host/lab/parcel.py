@@ -54,10 +54,12 @@ class Parcel:
     """What goes to a host.
 
     :ivar name: of its folder there; another content has another name.
+    :ivar site: where in it Python's packages are.
     :ivar archive: a compressed tar stream of what the folder holds.
     """
 
     name: str
+    site: str
     archive: bytes
 
 
@@ -85,17 +87,17 @@ def make_parcel(python: Python) -> Parcel:
     guests = guest_images()
     packages = _packages(python)
     name = f"suite-{cache.digest(str(python), packages, *guests, *guests.values())}"
-    site = PurePosixPath(f"lib/python{python}/site-packages")
+    site = f"lib/python{python}/site-packages"
 
     def files() -> Iterator[tuple[PurePosixPath, bytes]]:
         for file in sorted(packages.rglob("*")):
             if file.is_file():
-                yield PurePosixPath("/") / site / file.relative_to(packages).as_posix(), file.read_bytes()
+                yield PurePosixPath("/", site) / file.relative_to(packages).as_posix(), file.read_bytes()
         for guest, file in guests.items():
             yield PurePosixPath("/images") / guest, file.read_bytes()
 
     launcher = f"#!{deploy.TOP / name}/bin/python3\nfrom kvmi_host.cli import main\n\nmain()\n"
-    return Parcel(name, deploy.pack({PurePosixPath("/bin/kvmi-host"): launcher.encode()}, files()))
+    return Parcel(name, site, deploy.pack({PurePosixPath("/bin/kvmi-host"): launcher.encode()}, files()))
 
 
 def _packages(python: Python) -> Path:
@@ -122,8 +124,6 @@ def _packages(python: Python) -> Path:
         pure = [argument.format(python) for argument in _PURE]
         _pip(f"fetching packages for Python {python}", *target, *pure, "--constraint", lock, "--requirement", wanted)
         _pip("installing the wheel", *target, "--no-deps", "--no-index", *([] if same else pure), *wheels.iterdir())
-        if not (out / "kvmi_host/hwtest").exists():
-            shutil.copytree(root / "tests/hardware", out / "kvmi_host/hwtest")
         for folder in (wheels, out / "bin", out / "share"):  # programs would be those of the Python here
             shutil.rmtree(folder, ignore_errors=True)
         if python.version == sys.version_info[:2]:
