@@ -145,7 +145,8 @@ def _wind_down(part: Part, host: Host, name: str, ended: Ended) -> None:
         if ended.state is State.HUNG:
             part.output(b"\n== where its processes are\n" + host.call("stuck").stdout + b"\n")
         host.call("interrupt")
-        part.status = host.follow(name, time.monotonic() + host.patience.ending, part.output, Event())
+        ending = host.patience.ending
+        part.status = host.follow(name, time.monotonic() + ending, part.output, Event(), progress=ending)
     except Ended:
         return  # it hangs so that it cannot even be interrupted, or is gone by now: the first reason counts
 
