@@ -25,14 +25,14 @@ def watching() -> Iterator[Callable[[Part], None]]:
     """What shows hosts' parts while the block runs: to be called with each that has something new."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield _Lines(console)
+        yield Lines(console)
         return
-    picture = _Picture()
+    picture = Picture()
     with Live(console=console, get_renderable=picture.table, refresh_per_second=4):
         yield picture
 
 
-class _Picture:
+class Picture:
     """A row for each host."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class _Picture:
         return table
 
 
-class _Lines:
+class Lines:
     """A line when a host goes over to something else, when a test fails, and now and then."""
 
     def __init__(self, console: Console) -> None:
