@@ -254,3 +254,15 @@ def test_a_measurement_has_a_time_for_each_finite_value(
 def test_other_folders_are_left_alone(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it="import pytest\ndef test_x():\n    pytest.skip('elsewhere')\n")
     pytester.runpytest_inprocess("-p", "kvmi_host.testing.plugin").assert_outcomes(skipped=1)
+
+
+def test_an_installed_suites_tests_are_told_as_hardware_tests(pytester: pytest.Pytester) -> None:
+    config = pytester.parseconfigure("-p", "kvmi_host.testing.plugin", "--pyargs", "kvmi_host.hwtest")
+    assert config.option.junitprefix == "hardware"
+
+
+def test_a_prefix_of_class_names_that_was_asked_for_stays(pytester: pytest.Pytester) -> None:
+    config = pytester.parseconfigure(
+        "-p", "kvmi_host.testing.plugin", "--pyargs", "kvmi_host.hwtest", "--junit-prefix=hardware.lab7"
+    )
+    assert config.option.junitprefix == "hardware.lab7"
