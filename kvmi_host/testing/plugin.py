@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
@@ -27,6 +28,8 @@ PACKAGE = "kvmi_host.hwtest"
 
 _HOST_CANNOT = 3
 """The exit status, as ``kvmi-host`` has it."""
+_EVERY = 60.0
+"""Seconds between two reports of one run."""
 _REPORT = pytest.StashKey[SuiteReport]()
 _MARKERS = {
     "hardware": "needs live vCPUs under KVM with introspection, as in the host in a box",
@@ -176,6 +179,17 @@ def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
 def host(pytestconfig: pytest.Config) -> Host:
     """The host under test."""
     return pytestconfig.stash[_REPORT].host
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Writes the report from time to time: where a host hangs, there is one of what was done until then."""
+    done = yield
+    report = item.config.stash.get(_REPORT, None)
+    path = item.config.getoption("--suite-report")
+    if report is not None and path and monotonic() - report.written > _EVERY:
+        report.write(path)
+    return done
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -207,6 +207,17 @@ def test_a_run_that_ends_early_has_not_run_what_it_did_not_reach(run: Callable[.
     assert len(report["tests"]) == 2 + 3  # what was run, and what does not apply
 
 
+def test_a_run_that_is_killed_leaves_what_was_done(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        test_it="import os, pytest\n"
+        '@pytest.mark.rule("2.1")\ndef test_a():\n    pass\n'
+        '@pytest.mark.rule("4.1")\ndef test_b():\n    os._exit(9)\n'
+    )
+    suite.runpytest_subprocess("-p", "kvmi_host.testing.plugin", "--suite-report=suite.json")
+    report = json.loads((suite.path / "suite.json").read_text())
+    assert (outcomes(report)["2.1"], outcomes(report)["4.1"]) == ("passed", "not run")
+
+
 def test_the_terminal_shows_how_many_rules_came_to_what(suite: pytest.Pytester) -> None:
     result = suite.runpytest_inprocess("-p", "kvmi_host.testing.plugin")
     result.stdout.fnmatch_lines(["*= rules =*", "passed * 1", "failed * 2", "not applicable * 3", "not run * 1"])
