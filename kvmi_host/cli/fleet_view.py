@@ -92,7 +92,7 @@ class Lines:
             elif (part.phase, part.detail) != self._said.get(name):
                 self._say(part, f"{part.phase}{': ' if part.detail else ''}{part.detail}")
             elif part.phase == "suite" and monotonic() >= self._next.get(name, 0):
-                self._say(part, f"{_count(part)} tests, {part.tally.current}")
+                self._say(part, f"{_count(part) or 'no'} tests so far, {part.tally.current or 'collecting'}")
             self._said[name] = (part.phase, part.detail)
 
     def _say(self, part: Part, text: str) -> None:
