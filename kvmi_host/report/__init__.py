@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvmi_host.report.errors import HistoryError, ReportError
 from kvmi_host.report.merged import write_junit
-from kvmi_host.report.page import page
+from kvmi_host.report.page import page_of
 from kvmi_host.report.past import NO_PAST, remember
 from kvmi_host.report.results import read_results
 
@@ -33,7 +33,7 @@ def write(folder: Path, history: Path | None = None) -> int:
             past = remember(results, history)
     finally:
         try:
-            (folder / "index.html").write_text(page(results, past), encoding="utf-8")
+            (folder / "index.html").write_text(page_of(results, past), encoding="utf-8")
             write_junit(results, folder)
         except OSError as error:
             raise ReportError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from math import log10
+from math import ceil, log10
 from statistics import fmean
 from xml.etree.ElementTree import Element, SubElement, tostring
 
@@ -32,6 +32,8 @@ Point = tuple[float, float]
 
 _WIDTH = 340  # of a host's charts, in pixels
 _LEFT, _RIGHT = 44, 8  # what labels beside the plot take
+_TREND = 400  # that few nights take together
+_LABEL = 52  # pixels that a date takes
 _MOST_POINTS = 160
 _BINS = 48
 _NIGHT = 12  # pixels that a night takes in a strip
@@ -108,7 +110,7 @@ def soak(rates: Sequence[Point], gaps: Sequence[Point] | None) -> Markup:
 
 def pass_rate(nights: Sequence[PastNight]) -> Markup:
     """Per night, what part of the tests passed, and below how many failed."""
-    step = 26
+    step = min(max(_TREND / len(nights), _NIGHT), 44)
     width, height = _LEFT + len(nights) * step + 30, 176
     rates = [_rate(night) for night in nights]
     failures = [sum(host.failed for host in night.hosts.values()) for night in nights]
@@ -121,7 +123,7 @@ def pass_rate(nights: Sequence[PastNight]) -> Markup:
         + (f"between {min(known):.1f} % and {max(known):.1f} % passed, " if known else "")
         + f"at most {max(failures)} failed in a night.",
     )
-    bottom = min(90.0, *(10 * (rate // 10) for rate in known)) if known else 90.0
+    bottom = next(floor for floor in (99, 98, 95, 90, 80, 50, 0) if floor <= min(known, default=99))
     y = linear((bottom, 100), (76, 10))
     for tick in (bottom, (bottom + 100) / 2, 100):
         _add(chart, "line", "grid", x1=_LEFT, x2=width - 30, y1=y(tick), y2=y(tick))
@@ -138,10 +140,10 @@ def pass_rate(nights: Sequence[PastNight]) -> Markup:
     _add(chart, "text", "end", "failed", x=_LEFT - 5, y=base)
     for x, count, night in zip(centres, failures, nights, strict=True):
         if count:
-            bar = _add(chart, "rect", "bad", x=x - 7, y=base - tall(count), width=14, height=tall(count))
+            bar = _add(chart, "rect", "bad", x=x - 5, y=base - tall(count), width=10, height=tall(count))
             SubElement(bar, "title").text = f"{_day(night.started)}: {count} failed"
             _add(chart, "text", "middle", str(count), x=x, y=base - tall(count) - 4)
-    every = max(1, -(-len(nights) // (len(nights) * step // 52 or 1)))
+    every = ceil(_LABEL / step)
     shown = range(len(nights) - 1, -1, -every)
     _axis(chart, [(centres[index], _day(nights[index].started)) for index in shown], base)
     return _text_of(chart)

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
 
 from kvmi_host.report import charts
 from kvmi_host.report.changes import Change, Changes
@@ -33,9 +35,12 @@ MARKS = {Outcome.PASSED: "✓", Outcome.FAILED: "✕", Outcome.NOT_APPLICABLE: "
 
 _MOST_SHOWN = 200  # of failed tests, and of each kind of change
 _MOST_OTHER = 500  # rows of a group's tests that are for no rule
+_FEW = 3  # tests of the same change that are seen at once
 _MOST_TESTS = 20  # named under a rule
 
 _DECADES = 1e6  # that the axis of latencies has at most, from its end down
+
+_ERROR_CODE = re.compile(r"-E[A-Z]+")
 
 _HERE = Path(__file__).parent
 
@@ -47,6 +52,15 @@ class _Failure:
     test: Test
     anchor: str
     said: dict[str, list[tuple[HostResults, Since | None]]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Same:
+    """A change that is the same for all of these tests. ``where`` has one of them for each host."""
+
+    where: Sequence[Change]
+    message: str
+    tests: list[Test] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -76,7 +90,7 @@ class _Charts:
     soak: Markup | None
 
 
-def page(results: NightResults, past: Past = NO_PAST) -> str:
+def page_of(results: NightResults, past: Past = NO_PAST) -> str:
     """The page. Without a past, it neither compares nor shows a trend."""
     style, script = ((_HERE / name).read_text() for name in ("night.css", "night.js"))
     hosts, since = results.hosts, past.failing_since
@@ -84,17 +98,7 @@ def page(results: NightResults, past: Past = NO_PAST) -> str:
     rows = {key: found for key in groups if (found := _rows(hosts, key))}
     anchors = {key: f"group-{place}" for place, key in enumerate(rows, 1)}
     failures = _failures(hosts, since)
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        duration=duration, number=number, day=_day, anchor=_anchor, mark=MARKS.__getitem__, hosts_by_test=_by_test
-    )
-    return environment.get_template("night.html").render(
+    return _template().render(
         policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'",
         style=Markup(style),
@@ -114,7 +118,23 @@ def page(results: NightResults, past: Past = NO_PAST) -> str:
         trend=_trend(hosts, past.nights),
         pass_rate=charts.pass_rate(past.nights) if len(past.nights) > 1 else None,
         most_shown=_MOST_SHOWN,
+        few=_FEW,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        duration=duration, number=number, day=_day, anchor=_anchor, mark=MARKS.__getitem__, whole=_whole
+    )
+    return environment.get_template("night.html")
 
 
 def _groups(hosts: Iterable[HostResults]) -> dict[str, str]:
@@ -149,21 +169,26 @@ def _failures(hosts: Iterable[HostResults], since: Mapping[tuple[str, str], Sinc
     return sorted(found.values(), key=lambda failure: not failure.test.own)
 
 
-def _kinds_of_change(changes: Changes) -> list[tuple[str, str, Sequence[Change]]]:
-    """Style, title and changes, what matters most first."""
-    return [
+def _kinds_of_change(changes: Changes) -> list[tuple[str, str, int, list[_Same]]]:
+    """Style, title, how many, and the changes, what matters most first."""
+    kinds = (
         ("failed", "New failures", changes.new_failures),
         ("passed", "Fixed", changes.fixed),
         ("na", "Newly not applicable", changes.newly_not_applicable),
-    ]
+    )
+    return [(style, title, len(found), _together(found[:_MOST_SHOWN])) for style, title, found in kinds if found]
 
 
-def _by_test(changes: Iterable[Change]) -> list[tuple[Test, list[Change]]]:
-    """Changes of the same test on several hosts together."""
-    found: dict[str, list[Change]] = {}
+def _together(changes: Iterable[Change]) -> list[_Same]:
+    """Changes that are the same on several hosts, and of several tests, as one; hosts and kernels come first."""
+    by_test: dict[tuple[str, str], list[Change]] = {}
     for change in changes:
-        found.setdefault(change.test.id, []).append(change)
-    return [(same[0].test, same) for same in found.values()]
+        by_test.setdefault((change.test.id, change.test.message), []).append(change)
+    found: dict[tuple[object, ...], _Same] = {}
+    for (_, message), same in by_test.items():
+        where = tuple((change.host, change.before) for change in same)
+        found.setdefault((where, message, same[0].test.own), _Same(same, message)).tests.append(same[0].test)
+    return sorted(found.values(), key=lambda same: not same.tests[0].own)
 
 
 def _rows(hosts: Sequence[HostResults], group: str) -> list[_Row]:
@@ -270,6 +295,11 @@ def _day(time: datetime) -> str:
 def _anchor(text: str) -> str:
     """A text as an id, which has no blanks."""
     return text.replace(" ", "_")
+
+
+def _whole(text: str) -> Markup:
+    """A sentence whose error codes are not broken after their sign."""
+    return Markup(_ERROR_CODE.sub(r'<span class="whole">\g<0></span>', str(escape(text))))
 
 
 def _hash(text: str) -> str:
