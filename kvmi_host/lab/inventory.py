@@ -73,13 +73,24 @@ def read_inventory(path: Path) -> list[LabHost]:
             data = file.read(_MOST + 1)
         if len(data) > _MOST:
             raise InventoryError(f"it has more than {_MOST} bytes")
-        return _hosts(tomllib.loads(data.decode()), path.parent)
+        return parse_inventory(data.decode(), path.parent)
     except OSError as error:
         raise InventoryError(f"{path}: the inventory cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InventoryError(f"{path}: it is no TOML: {error}") from error
-    except InventoryError as error:
+    except (UnicodeDecodeError, InventoryError) as error:
         raise InventoryError(f"{path}: {error}") from None
+
+
+def parse_inventory(text: str, folder: Path) -> list[LabHost]:
+    """The hosts of an inventory's text.
+
+    :param folder: what paths in it are relative to.
+    :raise InventoryError: something of it cannot be used.
+    """
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InventoryError(f"it is no TOML: {error}") from error
+    return _hosts(values, folder)
 
 
 def chosen(hosts: Iterable[LabHost], limits: Sequence[str]) -> list[LabHost]:

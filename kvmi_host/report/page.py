@@ -218,7 +218,10 @@ def _row(hosts: Sequence[HostResults], number: str, rules: Sequence[Rule | None]
     tests = dict.fromkeys(test for rule in known for test in rule.tests)
     why: dict[tuple[str, str], list[str]] = {}
     for host, rule in zip(hosts, rules, strict=True):
-        if rule and rule.reason and rule.outcome is not Outcome.PASSED:
+        if rule and rule.outcome is Outcome.FAILED:
+            failed = [test for test in rule.tests if test in host.failed]
+            why.setdefault((rule.outcome.value, ", ".join(failed[:_FEW]) or rule.reason), []).append(host.name)
+        elif rule and rule.reason:
             why.setdefault((rule.outcome.value, rule.reason), []).append(host.name)
     return _Row(
         number,

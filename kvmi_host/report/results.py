@@ -56,6 +56,11 @@ class HostResults:
         return sum(test.outcome is outcome and not (test.own and outcome is Outcome.PASSED) for test in self.tests)
 
     @property
+    def failed(self) -> frozenset[str]:
+        """The names of its failed tests."""
+        return frozenset(test.id for test in self.tests if test.outcome is Outcome.FAILED)
+
+    @property
     def tags(self) -> Mapping[str, str]:
         """The inventory's, as they may be shown."""
         return {printable(tag[:_MAX_TAG]): printable(value[:_MAX_TAG]) for tag, value in self.run.tags.items()}

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import threading
-from collections.abc import Container
+from collections.abc import Callable, Container
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import paramiko
 
@@ -101,11 +102,22 @@ class _Rules(paramiko.ServerInterface):
             return
         # To the end, which the client sends when it knows that the command was accepted.
         stdin = channel.makefile("rb").read()
-        done = subprocess.run(["/bin/sh", "-c", command], input=stdin, capture_output=True, check=False)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(["/bin/sh", "-c", command], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            streams = ((process.stdout, channel.sendall), (process.stderr, channel.sendall_stderr))
+            passing = [threading.Thread(target=_pass_output, args=stream) for stream in streams]
+            for thread in passing:
+                thread.start()
+            with suppress(BrokenPipeError):  # it need not read
+                process.stdin.write(stdin)
+                process.stdin.close()
+            for thread in passing:
+                thread.join()
         with suppress(OSError):  # the client may have gone
-            channel.sendall(done.stdout)
-            channel.sendall_stderr(done.stderr)
-            channel.send_exit_status(done.returncode)
+            channel.send_exit_status(process.returncode)
             channel.close()
 
     def _lead(self, onward: socket.socket) -> None:
@@ -113,6 +125,13 @@ class _Rules(paramiko.ServerInterface):
         assert channel is not None  # it was asked for
         threading.Thread(target=_pass, args=(channel, onward), daemon=True).start()
         _pass(onward, channel)
+
+
+def _pass_output(source: IO[bytes], send: Callable[[bytes], object]) -> None:
+    """Pass on what a program writes, as it comes; one whose reader has gone has its pipe closed."""
+    with source, suppress(OSError):
+        while piece := os.read(source.fileno(), 65536):
+            send(piece)
 
 
 def _pass(source: socket.socket | paramiko.Channel, to: socket.socket | paramiko.Channel) -> None:
