@@ -13,6 +13,7 @@ from kvmi_host.report.history import PastNight, opened
 from kvmi_host.report.results import NightResults
 
 _NIGHTS = 60  # that the trend shows
+_MOST = 1000  # failures that are looked up: the page shows fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def remember(results: NightResults, file: Path) -> Past:
             last_night.started,
         )
         failing = {}
-        for change in changed.still_failing:
+        for change in changed.still_failing[:_MOST]:
             if since := history.failing_since(change.host, change.test.id, results.started):
                 failing[change.host, change.test.id] = Since(*since)
         return Past(changed, nights, failing)

@@ -38,6 +38,7 @@ class HostResults:
     :ivar unreadable: why there is none, as a sentence; empty where there is one, or need not be.
     :ivar logs: files in its folder, by their path from the night's.
     :ivar tests: its suite's, and those of our own.
+    :ivar failed: the names of those that failed.
     """
 
     run: HostRun
@@ -45,6 +46,7 @@ class HostResults:
     unreadable: str
     logs: tuple[str, ...]
     tests: tuple[Test, ...]
+    failed: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -54,11 +56,6 @@ class HostResults:
     def count(self, outcome: Outcome) -> int:
         """How many of its tests came to that. Those of our own count where they failed: nobody wrote them."""
         return sum(test.outcome is outcome and not (test.own and outcome is Outcome.PASSED) for test in self.tests)
-
-    @property
-    def failed(self) -> frozenset[str]:
-        """The names of its failed tests."""
-        return frozenset(test.id for test in self.tests if test.outcome is Outcome.FAILED)
 
     @property
     def tags(self) -> Mapping[str, str]:
@@ -149,8 +146,10 @@ def _host(folder: Path, run: HostRun) -> HostResults:
             unreadable = f"Its suite.json is unreadable: {error}."
     elif run.state is State.FINISHED:
         unreadable = "It has left no suite.json, so what its tests came to is not known."
-    tests = suite.tests if suite else ()
-    return HostResults(run, suite, unreadable, logs, (*_own(run, tests, unreadable), *tests))
+    its = suite.tests if suite else ()
+    tests = (*_own(run, its, unreadable), *its)
+    failed = frozenset(test.id for test in tests if test.outcome is Outcome.FAILED)
+    return HostResults(run, suite, unreadable, logs, tests, failed)
 
 
 def _own(run: HostRun, tests: tuple[Test, ...], unreadable: str) -> Iterator[Test]:

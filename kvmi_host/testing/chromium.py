@@ -8,6 +8,7 @@ its descriptor 4 (``--remote-debugging-pipe``).
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import selectors
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 ANSWERS_WITHIN = 120.0  # seconds, on a busy machine
+_ABOVE = 10  # descriptors that are in nobody's way when two of them become 3 and 4
 _FLAGS = (
     "--headless",
     "--remote-debugging-pipe",
@@ -47,20 +49,21 @@ class Chromium:
         self.requests: list[str] = []
         self.complaints: list[str] = []
         self._folder = TemporaryDirectory(prefix="kvmi-chromium-", ignore_cleanup_errors=True)
+        self._log = (Path(self._folder.name) / "log").open("wb")
         commands, self._commands = os.pipe()
         self._answers, answers = os.pipe()
-        self._log = (Path(self._folder.name) / "log").open("wb")
-        # As a shell does it: descriptors 3 and 4 may be in use here.
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, _ABOVE) for end in (commands, answers)]
+        move = "exec 3<&{0} 4>&{1} {0}<&- {1}>&-; exec chromium ".format(*theirs)
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", f'exec 3<&{commands} 4>&{answers} "$0" "$@"', "chromium", *_FLAGS, self._profile],
-            pass_fds=(commands, answers),
+            ["bash", "-c", f'{move} "$@"', "bash", *_FLAGS, f"--user-data-dir={self._folder.name}/profile"],
+            pass_fds=theirs,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
         )
-        os.close(commands)
-        os.close(answers)
+        for end in (commands, answers, *theirs):
+            os.close(end)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._answers, selectors.EVENT_READ)
         self._unread = b""
@@ -75,10 +78,6 @@ class Chromium:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def _profile(self) -> str:
-        return f"--user-data-dir={self._folder.name}/profile"
 
     def ask(self, method: str, **parameters: object) -> Json:
         """Carry out a command of the DevTools protocol, and return its result.
