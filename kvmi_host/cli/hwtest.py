@@ -109,14 +109,14 @@ def _night(hosts: Sequence[LabHost], folder: Path, arguments: Sequence[str], for
     """Run the suite on all of them, and write the page; the exit status."""
     from kvmi_host.cli.fleet_view import watching
     from kvmi_host.lab.fleet import run_fleet
+    from kvmi_host.report import write
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with watching() as watch:
         night = run_fleet(hosts, folder, arguments, forks=forks, stop=stop, watch=watch)
-    try:
-        from kvmi_host.report import write  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        return 0 if night.passed else 1
-    return int(write(folder, history))
+    status = write(folder, history)
+    passed = sum(host.passed for host in night.hosts)
+    typer.echo(f"{passed} of {len(night.hosts)} hosts passed: {folder / 'index.html'}", err=True)
+    return status
