@@ -183,6 +183,9 @@ def _in_bochs(part: Part, plan: Plan, patience: Patience) -> str:
             state = State.HUNG if "serial lines" in str(error) else State.DIED
             raise Ended(state if part.tally.total else State.UNREACHABLE, str(error)) from error
         finally:
+            dmesg = part.folder / "dmesg.log"
+            if dmesg.exists():
+                dmesg.write_text(since(dmesg.read_text(errors="replace"), BEGIN))
             part.warnings = _on_console(part)
     return outcome(part)
 

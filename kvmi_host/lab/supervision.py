@@ -219,9 +219,7 @@ class Host:
         until = time.monotonic() + self.patience.absence
         while True:
             if not self._alive():
-                raise Ended(
-                    State.DIED, "its machine ended while the suite ran: what its console says is in console.log"
-                )
+                raise Ended(State.DIED, "its machine has ended: console.log may say why")
             try:
                 remote = self._reach()
                 boot_id = self._read_boot_id(remote)
@@ -235,7 +233,7 @@ class Host:
         self._remote = remote
         if boot_id != self._boot_id:
             self._boot_id = boot_id
-            raise Ended(State.REBOOTED, "it was booted anew while the suite ran: look for the cause in its console")
+            raise Ended(State.REBOOTED, "it was booted anew meanwhile: its console may say why")
 
     def _gone(self, error: RemoteError, last: RemoteError) -> Ended:
         waited = f"and it did not let us in again within {self.patience.absence:g} s (at last: {last})"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A night on two hosts in a box, reached by SSH as any host; one of them dies in the middle. Hosts as Ansible has them."""
+"""A night on two hosts in a box, reached by SSH as any host; one of them dies in the middle. Ansible's hosts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_other_host_comes_to_its_end(night: Night) -> None:
 def test_the_killed_host_has_died_and_says_so(night: Night) -> None:
     _, dies = night.hosts
     assert (dies.state, dies.dirty) == (State.DIED, False)
-    assert "its machine ended while the suite ran" in dies.reason
+    assert "its machine has ended" in dies.reason
 
 
 def test_what_the_hosts_left_is_there(night: Night, folder: Path) -> None:
