@@ -128,7 +128,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     suite = [item for item in collected if item.path.parent == folder]
     for item in suite:
         _check_names(item, rules)
-    if config.option.collectonly:
+    chosen = set(items)
+    if config.option.collectonly or not chosen.intersection(suite):
         return
     try:
         host = config.hook.pytest_kvmi_host(config=config)
@@ -137,7 +138,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if host is None:
         raise pytest.UsageError(f"{folder}/conftest.py does not tell what the host is (pytest_kvmi_host)")
     report = SuiteReport(rules, host)
-    chosen, left_out = set(items), []
+    left_out = []
     for item in suite:
         always, either = _rules_of(item, rules)
         reason = _why_not(item, always, either, host)
