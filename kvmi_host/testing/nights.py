@@ -118,12 +118,16 @@ def lab(night: int = 12) -> list[MadeUpHost]:
     return hosts
 
 
-_LATE = """tests/hardware/test_replies.py:118: in test_a_reply_is_taken_once
-    event = session.next_event(timeout=20)
-E   kvmi_host.introspect.errors.TimedOut: no event of vCPU 2 within 20 s; the last was seq 4711, a CR event of vCPU 0"""
-_WRONG = """tests/hardware/test_commands.py:77: in test_padding
-    assert answer.error == -errno.EINVAL
-E   AssertionError: assert -14 == -22"""
+_LATE = (
+    "kvmi_host.introspect.errors.TimedOut: no event of vCPU 2 within 20 s; the last was seq 4711, a CR event of vCPU 0"
+)
+_WRONG = "AssertionError: assert -14 == -22"
+_TRACE = """session = Session(uuid=..., name="puppet")
+
+    def test_a_rule_holds(session):
+&gt;       assert session.next_event(timeout=20)
+tests/hardware/test_rules.py:77: in test_a_rule_holds
+    the rest of it is in pytest.log"""
 
 
 def _run(name: str, state: State = State.FINISHED, reason: str = "", **more: Any) -> HostRun:
@@ -253,6 +257,6 @@ def _junit(suite: Json) -> str:
     for test in suite["tests"]:
         if test["outcome"] != "not applicable":
             module, _, name = test["id"].partition(".py::")
-            failure = '<failure message="it failed">see suite.json</failure>' if test["outcome"] == "failed" else ""
+            failure = f'<failure message="it failed">{_TRACE}</failure>' if test["outcome"] == "failed" else ""
             cases.append(f'<testcase classname="tests.hardware.{module}" name="{name}" time="0.1">{failure}</testcase>')
     return f'<testsuites><testsuite name="pytest" tests="{len(cases)}">{"".join(cases)}</testsuite></testsuites>'
