@@ -85,6 +85,8 @@ def hwtest(
         arguments = [*(["-k", expression] if expression else []), *(extra or [])]
         hosts = chosen(read_inventory(inventory), limit or [])
         raise typer.Exit(_night(hosts, report, arguments, forks, history))
+    if limit:
+        raise typer.BadParameter("--limit chooses among the hosts of --inventory")
     # Its host goes with it, whoever ends it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     name = name or f"hwtest-{cpu}-{kernel.replace('.', '-')}"
@@ -109,14 +111,22 @@ def _night(hosts: Sequence[LabHost], folder: Path, arguments: Sequence[str], for
     """Run the suite on all of them, and write the page; the exit status."""
     from kvmi_host.cli.fleet_view import watching
     from kvmi_host.lab.fleet import run_fleet
+    from kvmi_host.report import write
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with watching() as watch:
-        night = run_fleet(hosts, folder, arguments, forks=forks, stop=stop, watch=watch)
+
+    def end(number: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)  # who cannot wait says it twice
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        from kvmi_host.report import write  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        return 0 if night.passed else 1
-    return int(write(folder, history))
+        with watching() as watch:
+            night = run_fleet(hosts, folder, arguments, forks=forks, stop=stop, watch=watch)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    status = write(folder, history)
+    passed = sum(host.passed for host in night.hosts)
+    typer.echo(f"{passed} of {len(night.hosts)} hosts passed: {folder / 'index.html'}", err=True)
+    return status

@@ -140,13 +140,14 @@ def _with(host: Host, part: Part, plan: Plan) -> str:
         host.close()
 
 
-def _box_name(host: LabHost) -> str:
+def box_name(host: LabHost) -> str:
+    """What a box is called while it is a host of a night."""
     return "night-" + host.name.replace(".", "-")
 
 
 def _in_box(part: Part, plan: Plan, patience: Patience, places: Places) -> str:
     """A box is a host like any other, once it is up. It keeps nothing, so it is never left dirty."""
-    box = Box(_box_name(part.host), part.host.kernel or Series.V6_1)
+    box = Box(box_name(part.host), part.host.kernel or Series.V6_1)
     with part.at("boot"):
         try:
             box.up()
@@ -174,7 +175,7 @@ def _in_bochs(part: Part, plan: Plan, patience: Patience) -> str:
         if time.monotonic() > until:
             raise Ended(State.HUNG, "the suite did not end by the host's deadline: raise it, or see which test hangs")
 
-    host = BochsHost(_box_name(part.host), part.host.kernel or Series.V6_1, silence=patience.progress)
+    host = BochsHost(box_name(part.host), part.host.kernel or Series.V6_1, silence=patience.progress)
     with part.at("suite"):
         try:
             part.status = suite.in_bochs(host, take)(["--color=no", *plan.arguments], part.folder)
@@ -182,6 +183,9 @@ def _in_bochs(part: Part, plan: Plan, patience: Patience) -> str:
             state = State.HUNG if "serial lines" in str(error) else State.DIED
             raise Ended(state if part.tally.total else State.UNREACHABLE, str(error)) from error
         finally:
+            dmesg = part.folder / "dmesg.log"
+            if dmesg.exists():
+                dmesg.write_text(since(dmesg.read_text(errors="replace"), BEGIN))
             part.warnings = _on_console(part)
     return outcome(part)
 

@@ -16,6 +16,7 @@ from kvmi_host.host.doctor.kernel import capability, device, loaded, ptrace, swi
 from kvmi_host.host.errors import RemoteError, SurveyError
 from kvmi_host.host.printable import printable
 from kvmi_host.lab import suite
+from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.night import State
 from kvmi_host.lab.parcel import OLDEST, Parcel, Python, unpacking
 from kvmi_host.lab.part import Part
@@ -63,7 +64,13 @@ def run_over_ssh(part: Part, host: Host, plan: Plan) -> str:
         part.tell("looking at it")
         python = _check(host)
     with part.at("deploy"):
-        parcel = _deploy(host, plan.parcel(python))
+        try:
+            parcel = plan.parcel(python)
+        except LabError as error:
+            raise Ended(State.INTERRUPTED, f"what the suite needs could not be put together here: {error}") from error
+        _deploy(host, parcel)
+    if plan.stop.is_set():
+        raise Ended(State.INTERRUPTED, "the night was ended from here before the suite began")
     name = f"kvmi-host-suite-{part.host.name}-{os.getpid()}-{time.time_ns():x}"
     before = _state(host)
     ended = None
@@ -98,7 +105,7 @@ def _check(host: Host) -> Python:
     ]
     words = host.run(_LOOK).stdout.decode(errors="replace").split()
     version = tuple(int(word) for word in words[:2] if re.fullmatch(r"\d{1,3}", word))
-    if len(version) != 2 or version < OLDEST:
+    if len(version) != 2 or len(words) < 3 or version < OLDEST:
         lacks.append(f"there is no Python {OLDEST[0]}.{OLDEST[1]} or newer: apt-get install python3")
     lacks += [
         f"no {program}: apt-get install {package}" for program, package in _PROGRAMS.items() if program not in words
@@ -109,14 +116,13 @@ def _check(host: Host) -> Python:
     return Python((major, minor), words[2])
 
 
-def _deploy(host: Host, parcel: Parcel) -> Parcel:
+def _deploy(host: Host, parcel: Parcel) -> None:
     top = host.places.top
     if host.run(f"test -e {top / parcel.name}/complete").returncode:
         done = host.run(unpacking(parcel, top), stdin=parcel.archive)
         if done.returncode:
             said = printable((done.stderr or done.stdout).decode(errors="replace"))
             raise Ended(State.REFUSED, f"what the suite needs could not be brought to {top}: {said[-400:]}")
-    return parcel
 
 
 def _suite(part: Part, host: Host, plan: Plan, name: str, parcel: Parcel) -> None:
@@ -145,7 +151,8 @@ def _wind_down(part: Part, host: Host, name: str, ended: Ended) -> None:
         if ended.state is State.HUNG:
             part.output(b"\n== where its processes are\n" + host.call("stuck").stdout + b"\n")
         host.call("interrupt")
-        part.status = host.follow(name, time.monotonic() + host.patience.ending, part.output, Event())
+        ending = host.patience.ending
+        part.status = host.follow(name, time.monotonic() + ending, part.output, Event(), progress=ending)
     except Ended:
         return  # it hangs so that it cannot even be interrupted, or is gone by now: the first reason counts
 

@@ -170,16 +170,18 @@ class Host:
         until: float,
         on_output: Callable[[bytes], None],
         stop: threading.Event,
+        progress: float | None = None,
     ) -> int | None:
         """Read what a suite says until it ends; when called again, from there on.
 
         :param until: the time (of the monotonic clock) at which it must have ended.
         :param stop: when set, it is followed no more.
+        :param progress: seconds that it may be silent, instead of the usual.
         :return: its exit status; None if it was killed.
         :raise Ended: and why it is not to be followed any more.
         """
         while True:
-            reader = _Reader(name, self.patience, until, stop)
+            reader = _Reader(name, progress or self.patience.progress, self.patience.silence, until, stop)
             line = self._line("follow", str(self._read), f"{self.patience.heartbeat:g}")
             tick = min(1.0, self.patience.heartbeat)
             try:
@@ -217,9 +219,7 @@ class Host:
         until = time.monotonic() + self.patience.absence
         while True:
             if not self._alive():
-                raise Ended(
-                    State.DIED, "its machine ended while the suite ran: what its console says is in console.log"
-                )
+                raise Ended(State.DIED, "its machine has ended: console.log may say why")
             try:
                 remote = self._reach()
                 boot_id = self._read_boot_id(remote)
@@ -233,7 +233,7 @@ class Host:
         self._remote = remote
         if boot_id != self._boot_id:
             self._boot_id = boot_id
-            raise Ended(State.REBOOTED, "it was booted anew while the suite ran: look for the cause in its console")
+            raise Ended(State.REBOOTED, "it was booted anew meanwhile: its console may say why")
 
     def _gone(self, error: RemoteError, last: RemoteError) -> Ended:
         waited = f"and it did not let us in again within {self.patience.absence:g} s (at last: {last})"
@@ -245,14 +245,14 @@ class Host:
 class _Reader:
     """What comes of a suite that is followed, and whether to follow it on."""
 
-    def __init__(self, name: str, patience: Patience, until: float, stop: threading.Event) -> None:
+    def __init__(self, name: str, progress: float, silence: float, until: float, stop: threading.Event) -> None:
         self.ended = False
         self.status: int | None = None
         self._begin = f"{BEGIN}: {name}"
-        self._patience = patience
+        self._longest = progress, silence
         self._until = until
         self._stop = stop
-        self._progress = self._heard = time.monotonic()
+        self._progressed = self._heard = time.monotonic()
         self._log = bytearray()
         self._rest = b""
 
@@ -269,7 +269,7 @@ class _Reader:
         """
         now = time.monotonic()
         if stdout:
-            self._progress = now
+            self._progressed = now
         if stdout or stderr:
             self._heard = now
         *lines, self._rest = (self._rest + stderr).split(b"\n")
@@ -288,11 +288,14 @@ class _Reader:
             raise Ended(State.INTERRUPTED, "the night was ended from here while the suite was at work")
         if now > self._until:
             raise Ended(State.HUNG, "the suite did not end by the host's deadline: raise it, or see which test hangs")
-        if now - self._progress > self._patience.progress:
-            silent = f"for {self._patience.progress:g} s"
-            raise Ended(State.HUNG, f"it answers, and the suite said nothing {silent}: the log's end says what hangs")
-        if now - self._heard > self._patience.silence:
-            raise Silence(f"nothing came from it for {self._patience.silence:g} s")
+        progress, silence = self._longest
+        if now - self._heard > silence:
+            raise Silence(f"nothing came from it for {silence:g} s")
+        if now - self._progressed > progress:
+            silent = f"for {progress:g} s"
+            raise Ended(
+                State.HUNG, f"it answers, and the suite said nothing {silent}: the end of pytest.log tells more"
+            )
 
 
 class Silence(RemoteError):

@@ -22,6 +22,7 @@ class SshServer:
 
     :param key: the server's own.
     :param authorized: the public keys, as base64, that are let in; None: everyone's.
+    :ivar port: where it listens.
     :ivar asked_for: where clients wanted to be led to.
     """
 
@@ -30,14 +31,9 @@ class SshServer:
         self._key = key
         self._authorized = authorized
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
         self._transports: list[paramiko.Transport] = []
         threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        port: int = self._listener.getsockname()[1]
-        return port
 
     def __enter__(self) -> Self:
         return self
@@ -45,8 +41,17 @@ class SshServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
+        self.close()
+
+    def close(self) -> None:
+        """End every connection, and take no more. May be called again."""
+        with suppress(OSError):  # it was shut down before
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self.drop()
+
+    def drop(self) -> None:
+        """End every connection."""
         for transport in self._transports:
             transport.close()
 
