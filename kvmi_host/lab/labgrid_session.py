@@ -295,8 +295,10 @@ class Session:
                     holder = place and place.acquired
                     if holder != self.me:
                         ours.remove(name)
-                        tell(f"labgrid's place {name} is no longer ours ({holder or 'somebody released it'})")
+                        tell(
+                            f"labgrid's place {name} is no longer ours: {holder or 'nobody'} has it. The suite goes on"
+                        )
             else:
                 ours_are = ", ".join(sorted(ours))
-                tell(f"labgrid's coordinator {self.coordinator} is gone; the suite goes on on {ours_are}")
+                tell(f"labgrid's coordinator {self.coordinator} is gone: the suite goes on on {ours_are}")
                 return
