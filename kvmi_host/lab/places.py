@@ -41,27 +41,25 @@ def lab_host(name: str, tags: Mapping[str, str], services: Mapping[str, Mapping[
             f"labgrid's place {name} has several NetworkServices, {', '.join(sorted(services))}: "
             "call the one to take `default` (labgrid-client add-named-match)"
         )
-    address, user, port = (service.get(key) for key in ("address", "username", "port"))
-    port = _SSH if port is None else port
+    address, user = _text(name, service, "address", _HOST), _text(name, service, "username", _USER)
+    port = service.get("port", _SSH)
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+        raise LabError(f"labgrid's place {name}: its NetworkService has the port {port!r}, and there is none")
     extra = service.get("extra")
-    proxy = extra.get("proxy") if isinstance(extra, dict) and extra.get("proxy_required") else None
-    for value, pattern, what in (
-        (address, _HOST, "address"),
-        (user, _USER, "username"),
-        (proxy or "none", _HOST, "proxy"),
-    ):
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise LabError(
-                f"labgrid's place {name}: its NetworkService has the {what} {value!r}, which SSH cannot take"
-            )
-    if not isinstance(port, int) or not 0 < port < 65536:
-        raise LabError(f"labgrid's place {name}: its NetworkService has the port {port!r}")
-    if proxy is None:
-        host = f"[{address}]" if ":" in str(address) else address
+    if not isinstance(extra, dict) or not extra.get("proxy_required"):
+        host = f"[{address}]" if ":" in address else address
         return LabHost(name, "ssh", f"{user}@{host}" + (f":{port}" if port != _SSH else ""), tags=tags)
+    proxy = _text(name, extra, "proxy", _HOST)
     # Its own lines first, for the first value counts; what the user has for the proxy, and for all hosts, follows.
     lines = [f"Host {name}", f"HostName {address}", f"User {user}", f"Port {port}", f"ProxyJump {proxy}"]
     includes = [file for file in ("~/.ssh/config", "/etc/ssh/ssh_config") if Path(file).expanduser().exists()]
     config = folder / f"{name}.ssh"
     config.write_text("\n".join([*lines, "Host *", *(f"Include {file}" for file in includes), ""]))
     return LabHost(name, "ssh", name, config, tags=tags)
+
+
+def _text(place: str, values: Mapping[str, object], key: str, allowed: re.Pattern[str]) -> str:
+    value = values.get(key)
+    if not isinstance(value, str) or not allowed.fullmatch(value):
+        raise LabError(f"labgrid's place {place}: its NetworkService has the {key} {value!r}, which SSH cannot take")
+    return value
