@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``kvmi-host hwtest``: the hardware suite on a lab host."""
+"""``kvmi-host hwtest``: the hardware suite on a lab host, or on all of them."""
 
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvmi_host.cli.options import CpuVendor, Kernel, Vendor
+from kvmi_host.cli.options import CpuVendor, Kernel
 from kvmi_host.host.kernels import Series
+from kvmi_host.host.vendor import Vendor
+
+if TYPE_CHECKING:
+    from kvmi_host.lab.inventory import LabHost
 
 app = typer.Typer(name="hwtest", pretty_exceptions_enable=False, add_completion=False)
 
@@ -29,9 +35,23 @@ def hwtest(
     host: Annotated[
         Host, typer.Option(envvar="HOST", help="A host in a box of its own, or this machine, as root.")
     ] = Host.BOX,
+    inventory: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead: all hosts of this file, at once.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|TAG=VALUE", help="Of the inventory, only these hosts.", show_default=False),
+    ] = None,
+    forks: Annotated[int, typer.Option(min=1, help="Of the inventory, how many hosts at once.")] = 4,
+    history: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of the inventory, the nights before.", show_default=False),
+    ] = None,
     kernel: Kernel = Series.V6_1,
     cpu: CpuVendor = Vendor.AMD,
-    report: Annotated[Path, typer.Option(help="Folder for junit.xml and kernel logs.")] = Path("build/hardware"),
+    report: Annotated[
+        Path, typer.Option(help="Folder for junit.xml and kernel logs; with --inventory, for the night's page.")
+    ] = Path("build/hardware"),
     expression: Annotated[str | None, typer.Option("-k", metavar="EXPR", help="Which tests, as pytest's -k.")] = None,
     modules: Annotated[
         str | None, typer.Option(help="Folder of kvm.ko and the others for the box.", show_default="build this tree's")
@@ -52,12 +72,19 @@ def hwtest(
 ) -> None:
     """Run the hardware suite: live vCPUs under KVM with introspection.
 
-    Fails when a test fails, or when the host's kernel complains while they run (WARN, BUG, oops, lockup).
+    Fails when a test fails, or when the host's kernel complains while they run (WARN, BUG, oops, lockup). With an
+    inventory it fails, too, when a host cannot be reached, dies or hangs; the others go on meanwhile.
     """
     # Here, not above: `kvmi-host --help` imports this module, and none of these.
     from kvmi_host.lab import Box, suite
     from kvmi_host.lab.bochs import BochsHost
 
+    if inventory:
+        from kvmi_host.lab.inventory import chosen, read_inventory
+
+        arguments = [*(["-k", expression] if expression else []), *(extra or [])]
+        hosts = chosen(read_inventory(inventory), limit or [])
+        raise typer.Exit(_night(hosts, report, arguments, forks, history))
     # Its host goes with it, whoever ends it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     name = name or f"hwtest-{cpu}-{kernel.replace('.', '-')}"
@@ -76,3 +103,20 @@ def hwtest(
         if not keep:
             box.down()
     raise typer.Exit(status)
+
+
+def _night(hosts: Sequence[LabHost], folder: Path, arguments: Sequence[str], forks: int, history: Path | None) -> int:
+    """Run the suite on all of them, and write the page; the exit status."""
+    from kvmi_host.cli.fleet_view import watching
+    from kvmi_host.lab.fleet import run_fleet
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with watching() as watch:
+        night = run_fleet(hosts, folder, arguments, forks=forks, stop=stop, watch=watch)
+    try:
+        from kvmi_host.report import write  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return 0 if night.passed else 1
+    return int(write(folder, history))
