@@ -214,6 +214,33 @@ def test_the_host_behind_a_place_does_what_it_is_told(rack: Rack, key: Path, ssh
         assert remote.run("echo here").stdout == b"here\n"
 
 
+def test_the_suites_hosts_are_the_places_and_are_given_back(
+    rack: Rack, key: Path, ssh_port: int, tmp_path: Path
+) -> None:
+    """This machine, which is behind the place, has no introspection."""
+    public = Path(f"{key}.pub").read_text()
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{ssh_port} {public}")
+    (tmp_path / ".ssh/config").write_text(f"IdentityFile {key}\n")
+    argv = [
+        sys.executable,
+        "-m",
+        "kvmi_host.cli",
+        "hwtest",
+        "--lg-filter",
+        "vendor=intel",
+        "--report",
+        tmp_path / "night",
+    ]
+    env = {**os.environ, "HOME": str(tmp_path), "LG_COORDINATOR": rack.address}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    [host] = json.loads((tmp_path / "night/night.json").read_text())["hosts"]
+    assert (host["name"], host["state"]) == ("lab3", "refused"), host
+    assert host["tags"] == {"vendor": "intel", "generation": "skylake"}
+    assert rack.in_use() == []
+
+
 def test_who_comes_second_waits_until_the_first_lets_go(rack: Rack) -> None:
     with ExitStack() as first:
         first.enter_context(reserved(rack.address, {"vendor": "intel"}))
