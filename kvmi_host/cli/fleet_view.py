@@ -25,14 +25,14 @@ def watching() -> Iterator[Callable[[Part], None]]:
     """What shows hosts' parts while the block runs: to be called with each that has something new."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield _Lines(console)
+        yield Lines(console)
         return
-    picture = _Picture()
+    picture = Picture()
     with Live(console=console, get_renderable=picture.table, refresh_per_second=4):
         yield picture
 
 
-class _Picture:
+class Picture:
     """A row for each host."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class _Picture:
         return table
 
 
-class _Lines:
+class Lines:
     """A line when a host goes over to something else, when a test fails, and now and then."""
 
     def __init__(self, console: Console) -> None:
@@ -92,7 +92,7 @@ class _Lines:
             elif (part.phase, part.detail) != self._said.get(name):
                 self._say(part, f"{part.phase}{': ' if part.detail else ''}{part.detail}")
             elif part.phase == "suite" and monotonic() >= self._next.get(name, 0):
-                self._say(part, f"{_count(part)} tests, {part.tally.current}")
+                self._say(part, f"{_count(part) or 'no'} tests so far, {part.tally.current or 'collecting'}")
             self._said[name] = (part.phase, part.detail)
 
     def _say(self, part: Part, text: str) -> None:

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import kvmi_host
@@ -20,7 +20,8 @@ from kvmi_host.host.kernel_log import TROUBLE
 from kvmi_host.lab import deploy, junit
 from kvmi_host.lab.bochs import BochsHost
 from kvmi_host.lab.box import Box
-from kvmi_host.lab.errors import LabError
+from kvmi_host.lab.errors import LabError, LabHostError
+from kvmi_host.lab.paths import project_root
 from kvmi_host.lab.progress import say, show
 
 Runner = Callable[[Sequence[str], Path], int]
@@ -165,16 +166,25 @@ def here(arguments: Sequence[str], reports: Path) -> int:
     package = Path(kvmi_host.__file__).parent
     junit, results = (str(reports / name) for name in REPORTS)
     with _images() as images:
-        env = {**os.environ, "KVMI_IMAGES": str(images)}
         argv = pytest_command(sys.executable, str(package), junit, results, arguments)
-        status = subprocess.run(argv, env=env, check=False).returncode
+        status = subprocess.run(argv, env=os.environ | images, check=False).returncode
     with (reports / "dmesg.log").open("wb") as log:
         subprocess.run(["dmesg"], stdout=log, check=True)
     return status
 
 
-def _images() -> AbstractContextManager[Path]:
-    """The folder of guest images: the one that was said, else this tree's, built first if need be."""
-    if said := os.environ.get("KVMI_IMAGES"):
-        return nullcontext(Path(said))
-    return deploy.images_here()
+@contextmanager
+def _images() -> Iterator[dict[str, str]]:
+    """What tells the tests where guest images are, for as long as the block runs: this tree's, built first if need be,
+    unless it was said already. An installed package has no tree, and looks where the images of a host are.
+    """
+    try:
+        project_root()
+    except LabHostError:
+        yield {}
+        return
+    if "KVMI_IMAGES" in os.environ:
+        yield {}
+        return
+    with deploy.images_here() as images:
+        yield {"KVMI_IMAGES": str(images)}
