@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """conclude.py REPORT "PART SECONDS STATUS"...: what a night came to, from its parts' exit statuses. See ci/nightly.
 
-A part beside the suite that failed becomes a failed test of junit.xml. Where the suite left no page, there is a plain
-one that says why. summary.md has it all in short. Exit status: 0 if every part ran and passed, else 1.
+The suite's page and junit.xml are told what ran beside it: a part that failed is a failed test. Where the suite left no
+page, there is a plain one that says why. summary.md has it all in short. Exit status: 0 if every part ran and passed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Nightly: failed</title>
 <style>:root {{ color-scheme: light dark }} body {{ font: 1rem/1.5 system-ui; max-width: 60rem; margin: 2rem auto;
 padding: 0 1rem }} pre {{ overflow-x: auto }}</style>
-<h1>The night failed: there is no report of the suite</h1>
+<header><h1>The night failed: there is no report of the suite</h1></header>
 <p>The end of <a href="nightly.log">nightly.log</a>:</p>
 <pre>{log}</pre>
 </html>
@@ -33,18 +33,24 @@ def conclude(report: Path, parts: list[tuple[str, int, str]]) -> int:
     :return: the night's exit status.
     """
     log = tail(report / "nightly.log", 40)
-    if not (report / "index.html").exists():
-        (report / "index.html").write_text(PAGE.format(log=html.escape(log)))
-    if not (report / "junit.xml").exists():
-        (report / "junit.xml").write_text('<testsuites><testsuite name="night" tests="0" failures="0"/></testsuites>')
+    page, results = report / "index.html", report / "junit.xml"
+    if not page.exists():
+        page.write_text(PAGE.format(log=html.escape(log)))
+    if not results.exists():
+        results.write_text('<testsuites><testsuite name="night" tests="0" failures="0"/></testsuites>')
     has_night = (report / "night.json").exists()
-    for name, _, status in parts:
-        # What failed in the suite is in its report, test by test.
-        if status != "0" and not (name == "suite" and has_night):
-            junit.add_failure(report / "junit.xml", "nightly", f"test_{name}", f"{name}: {outcome(status)}", log)
+    # What failed in the suite is in its report, test by test.
+    beside = [part for part in parts if part[0] != "suite" or not has_night]
+    for name, _, status in beside:
+        if status != "0":
+            junit.add_failure(results, "nightly", f"test_{name}", f"{name}: {outcome(status)}", log)
+    if beside:
+        said = "; ".join(f"{name} {outcome(status)}" for name, _, status in beside)
+        note = f'<p>{"Beside the suite: " if has_night else ""}{said} (<a href="nightly.log">nightly.log</a>).</p>'
+        page.write_text(page.read_text().replace("</header>", f"{note}\n</header>", 1))
     summary = "\n".join(["## The night", "", *table(("Part", "Came to", "Took"), parts_rows(parts)), *hosts(report)])
     (report / "summary.md").write_text(summary + "\n")
-    sys.stdout.write(f"\n{summary}\n\n{report / 'index.html'}\n")
+    sys.stdout.write(f"\n{summary}\n\n{page}\n")
     return int(any(status != "0" for _, _, status in parts))
 
 

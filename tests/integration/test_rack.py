@@ -229,9 +229,10 @@ def test_the_suites_hosts_are_the_places_and_are_given_back(
         "hwtest",
         "--lg-filter",
         "vendor=intel",
-        "--report",
-        tmp_path / "night",
+        "-k",
+        "no test is so called",
     ]
+    argv += ["--report", str(tmp_path / "night")]
     env = {**os.environ, "HOME": str(tmp_path), "LG_COORDINATOR": rack.address}
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr

@@ -20,9 +20,10 @@ DEADLINE = 60.0  # seconds
 NIGHT = {"hosts": [{"name": "lab1", "state": "finished", "reason": "", "warnings": []}]}
 REPORT = f"""
 while [ "$1" != --report ]; do shift; done
+mkdir -p "$2"
 echo '{json.dumps(NIGHT)}' > "$2/night.json"
 echo '<testsuites><testsuite tests="1"><testcase name="test_x"/></testsuite></testsuites>' > "$2/junit.xml"
-echo 'the page' > "$2/index.html"
+echo '<header>the page</header>' > "$2/index.html"
 """
 """What hwtest leaves of a night."""
 
@@ -122,11 +123,23 @@ def test_what_failed_beside_the_suite_is_a_failed_test(night: Night, tree: Path)
     assert failures(tree) == {"test_fuzz": "fuzz: failed with status 1"}
 
 
+def test_what_ran_beside_the_suite_is_on_its_page(night: Night, tree: Path) -> None:
+    script(tree / "ci/fuzz", "exit 1")
+    night(MUTANTS="1")
+    page = (tree / "report/index.html").read_text()
+    assert "<header>the page<p>Beside the suite: fuzz failed with status 1; mutants passed (" in page
+
+
+def test_the_suites_page_has_a_place_for_what_ran_beside_it() -> None:
+    before, main, _ = (ROOT / "kvmi_host/report/night.html").read_text().partition("<main")
+    assert main
+    assert before.count("</header>") == 1
+
+
 def test_what_fails_in_the_suite_is_in_its_own_report(night: Night, tree: Path) -> None:
     script(tree / "bin/kvmi-host", f"{REPORT}\nexit 1")
     assert night().returncode == 1
     assert failures(tree) == {}
-    assert (tree / "report/index.html").read_text() == "the page\n"
 
 
 def test_a_suite_that_leaves_nothing_leaves_a_page_that_says_why(night: Night, tree: Path) -> None:
