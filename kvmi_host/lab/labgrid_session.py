@@ -125,11 +125,13 @@ class Session:
         """End the connection."""
         if self._watching is not None:
             self._watching.cancel()
-        self._call(self._disconnect())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        logging.getLogger().removeHandler(self._quiet)
+        try:
+            self._call(self._disconnect())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            logging.getLogger().removeHandler(self._quiet)
 
     @property
     def me(self) -> str:

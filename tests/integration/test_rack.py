@@ -320,6 +320,14 @@ def test_a_named_place_that_we_acquired_before_stays_acquired(rack: Rack) -> Non
     rack.client("-p", "lab1", "release", user="carol")
 
 
+def test_a_place_that_we_reserved_before_is_ours_by_its_token(rack: Rack) -> None:
+    token = rack.client("reserve", "--shell", "name=lab1", user="carol").strip().removeprefix("export LG_TOKEN=")
+    with reserved(rack.address, {}, f"+{token}") as hosts:
+        assert [host.name for host in hosts] == ["lab1"]
+    assert rack.in_use() == [token]
+    rack.client("cancel-reservation", token)
+
+
 def test_places_are_given_back_when_the_block_fails(rack: Rack) -> None:
     with pytest.raises(ZeroDivisionError), reserved(rack.address, {"vendor": "amd"}):
         raise ZeroDivisionError
