@@ -28,6 +28,11 @@ module_param(introspection_grace, uint, 0644);
 MODULE_PARM_DESC(introspection_grace,
 		 "Seconds that a VM waits for its introspector to leave before it is saved, migrated or reset; 0: it is not asked");
 
+static unsigned int introspection_first_seq = 1;
+module_param(introspection_first_seq, uint, 0644);
+MODULE_PARM_DESC(introspection_first_seq,
+		 "Number of the first event of a session; a test sets it to see the count wrap around");
+
 /* How long a vCPU looks for its reply before it sleeps. */
 #define KVMI_SPIN_NS	(20 * NSEC_PER_USEC)
 
@@ -322,6 +327,7 @@ static struct kvmi *kvmi_alloc(struct kvm *kvm,
 	kvmi->sock = sock;
 	import_uuid(&kvmi->uuid, hook->uuid);
 	kvmi->observe = hook->flags & KVM_INTROSPECTION_OBSERVE;
+	kvmi->ev_seq = READ_ONCE(introspection_first_seq) - 1;
 	init_completion(&kvmi->done);
 	mutex_init(&kvmi->send_lock);
 	mutex_init(&kvmi->recv_lock);
