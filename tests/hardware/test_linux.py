@@ -24,7 +24,7 @@ from kvmi_host.testing.live import DEADLINE, Walker
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
 
 VCPUS = 2
-LIBRARY_PAGE = Path(__file__).parents[2] / "docs/library.md"
+LIBRARY_PAGE = Path(__file__).with_name("library.md")
 EFER_LMA = 1 << 10
 
 
