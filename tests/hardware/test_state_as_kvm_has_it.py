@@ -162,6 +162,7 @@ def stopped_at(session: Session, kind: EventId) -> Event:
     return event
 
 
+@pytest.mark.rule("4.71", "4.72")
 @states
 def test_what_the_vmm_has_set_is_there_to_be_told(vm: BareVm, state: dict[str, object], mode: int) -> None:
     before = put(vm, state)
@@ -174,6 +175,7 @@ def test_what_the_vmm_has_set_is_there_to_be_told(vm: BareVm, state: dict[str, o
         assert (got.selector, got.base, got.limit, got.l) == (given.selector, given.base, given.limit, given.l), name
 
 
+@pytest.mark.rule("4.70", "4.71", "4.72", "4.73", "3.16")
 @states
 def test_an_event_and_get_registers_tell_what_kvm_keeps(
     vm: BareVm, session: Session, state: dict[str, object], mode: int
@@ -191,6 +193,7 @@ def test_an_event_and_get_registers_tell_what_kvm_keeps(
     assert kept(vm) == before
 
 
+@pytest.mark.rule("4.70", "4.71", "4.72", "4.73", "4.74")
 @states
 def test_a_hypercalls_event_tells_the_state_before_it(
     vm: BareVm, session: Session, state: dict[str, object], mode: int
@@ -208,6 +211,7 @@ def test_a_hypercalls_event_tells_the_state_before_it(
     assert kept(vm) == before._replace(registers=registers._replace(rax=0, rip=CODE + len(HYPERCALL)))
 
 
+@pytest.mark.rule("4.5", "4.72", "4.74", "4.75")
 @pytest.mark.parametrize("chosen", [None, PML4 + 0x1000], ids=["the guest's value", "the introspector's value"])
 def test_an_event_of_a_write_to_cr3_tells_the_state_before(vm: BareVm, session: Session, chosen: int | None) -> None:
     registers = GENERAL._replace(rax=OTHER_ROOT)
@@ -225,6 +229,7 @@ def test_an_event_of_a_write_to_cr3_tells_the_state_before(vm: BareVm, session: 
     assert kept(vm) == after
 
 
+@pytest.mark.rule("3.18")
 def test_set_registers_gives_kvm_every_register(vm: BareVm, session: Session) -> None:
     before = put(vm, LONG)
     other = Registers(*(~value & (1 << 64) - 1 for value in GENERAL[:16]), rip=CODE + 0x100, rflags=0x87)
@@ -237,6 +242,7 @@ def test_set_registers_gives_kvm_every_register(vm: BareVm, session: Session) ->
     assert kept(vm) == before._replace(registers=other)
 
 
+@pytest.mark.rule("3.23")
 def test_get_xsave_is_what_kvm_keeps(vm: BareVm, session: Session) -> None:
     put(vm, LONG)
     session.pause_vcpu(0)
@@ -249,6 +255,7 @@ def test_get_xsave_is_what_kvm_keeps(vm: BareVm, session: Session) -> None:
     assert any(answer)
 
 
+@pytest.mark.rule("3.21")
 def test_get_cpuid_is_what_the_vmm_has_set(vm: BareVm, session: Session) -> None:
     put(vm, LONG)
     functions = vm.cpuid
@@ -261,6 +268,7 @@ def test_get_cpuid_is_what_the_vmm_has_set(vm: BareVm, session: Session) -> None
     assert answers == vm.cpuid
 
 
+@pytest.mark.rule("3.24", "3.27")
 def test_physical_memory_is_the_vmms(vm: BareVm, session: Session) -> None:
     pattern = bytes(range(256)) * 16
     vm.memory[0x20000:0x21000] = pattern

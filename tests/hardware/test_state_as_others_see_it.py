@@ -41,6 +41,7 @@ def table_at(memory: bytes) -> DescriptorTable:
     return DescriptorTable(int.from_bytes(memory[2:10], "little"), int.from_bytes(memory[:2], "little"))
 
 
+@pytest.mark.rule("4.71")
 def test_the_general_registers_are_those_that_the_guest_has_loaded(puppet: Puppet) -> None:
     event = stopped_at_its_hypercall(puppet, **GENERAL)
     puppet.session.reply(event)
@@ -50,6 +51,7 @@ def test_the_general_registers_are_those_that_the_guest_has_loaded(puppet: Puppe
     assert {name: getattr(left, name) for name in loaded} == loaded | {"rax": 0}
 
 
+@pytest.mark.rule("4.72")
 @pytest.mark.parametrize("cr", ["cr0", "cr3", "cr4"])
 def test_the_control_registers_are_those_that_the_guest_reads(puppet: Puppet, cr: str) -> None:
     event = stopped_at_its_hypercall(puppet)
@@ -58,6 +60,7 @@ def test_the_control_registers_are_those_that_the_guest_reads(puppet: Puppet, cr
     assert puppet.run(0, f"mov_from_{cr}").registers.rax == getattr(event.sregs, cr)
 
 
+@pytest.mark.rule("4.73")
 @pytest.mark.parametrize("msr", Msrs._fields)
 def test_the_msrs_are_those_that_the_guest_reads(puppet: Puppet, msr: str) -> None:
     event = stopped_at_its_hypercall(puppet)
@@ -68,6 +71,7 @@ def test_the_msrs_are_those_that_the_guest_reads(puppet: Puppet, msr: str) -> No
     assert read.rax & RAX_LOW | read.rdx << RDX_HIGH == getattr(event.msrs, msr)
 
 
+@pytest.mark.rule("4.73")
 @pytest.mark.parametrize(
     ("msr", "value"),
     {
@@ -88,6 +92,7 @@ def test_what_the_guest_writes_to_an_msr_is_told(puppet: Puppet, msr: str, value
     assert getattr(event.msrs, msr) == value
 
 
+@pytest.mark.rule("4.72")
 @pytest.mark.parametrize("table", ["gdt", "idt"])
 def test_the_descriptor_tables_are_those_that_the_guest_reads(puppet: Puppet, table: str) -> None:
     event = stopped_at_its_hypercall(puppet)
@@ -97,6 +102,7 @@ def test_the_descriptor_tables_are_those_that_the_guest_reads(puppet: Puppet, ta
     assert table_at(puppet.session.read_physical(page(0), 10)) == getattr(event.sregs, table)
 
 
+@pytest.mark.rule("4.72")
 @pytest.mark.parametrize(("snippet", "register"), [("sldt", "ldt"), ("str", "tr")])
 def test_the_system_segments_are_those_that_the_guest_reads(puppet: Puppet, snippet: str, register: str) -> None:
     event = stopped_at_its_hypercall(puppet)
@@ -169,6 +175,7 @@ def await_signal(guest: LiveGuest, thread: int) -> None:
         assert monotonic() < deadline, "QEMU does not ask for its vCPU"
 
 
+@pytest.mark.rule("4.71", "4.72")
 def test_the_monitor_prints_the_state_of_the_event_that_its_vcpu_waited_at(
     puppet_guest: LiveGuest, puppet: Puppet
 ) -> None:
@@ -185,6 +192,7 @@ def test_the_monitor_prints_the_state_of_the_event_that_its_vcpu_waited_at(
         assert of_monitor(printed.result(DEADLINE)) == of_event(event)
 
 
+@pytest.mark.rule("4.71", "4.72")
 def test_a_vm_that_qemu_has_stopped_is_told_as_the_monitor_prints_it(
     puppet_guest: LiveGuest, hooked: Callable[..., Session]
 ) -> None:
