@@ -32,7 +32,6 @@ from kvmi_host.protocol.x86 import (
     unpack_registers,
     unpack_sregs,
 )
-from kvmi_host.testing.live import DEADLINE, LiveError
 
 # <linux/kvm.h>
 _CREATE_VM, _VCPU_MMAP_SIZE, _SUPPORTED_CPUID = 0xAE01, 0xAE04, 0xC008AE05
@@ -49,6 +48,8 @@ _CPUID = Struct("<3I4I12x")  # function, index, flags; eax to edx
 _NO_CPUID = _COUNT.pack(256, 0) + bytes(256 * _CPUID.size)  # more entries than KVM has
 _INDEX_COUNTS = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 _KICK = signal.SIGUSR1
+_STOPS_WITHIN = 60.0
+"""Seconds that a vCPU has to leave KVM_RUN."""
 
 
 class BareVm:
@@ -154,44 +155,57 @@ class BareVm:
 
     # -- its runs
 
+    def run(self) -> bool:
+        """Run the guest until it has written to a port, which is passed over. False: :meth:`kick` came before that.
+
+        :raise RuntimeError: it left for another reason.
+        """
+        try:
+            ioctl(self._vcpu, _RUN, 0)
+        except InterruptedError:
+            return False
+        reason = int.from_bytes(self._run[_EXIT_REASON], "little")
+        if reason != _EXIT_IO:
+            raise RuntimeError(f"the guest left with reason {reason}")
+        return True
+
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The vCPU runs while the block does, in a thread of its own. Writes of the guest to ports are passed over.
+        """The vCPU runs while the block does, in a thread of its own.
 
         A block that has it wait for an introspector calls :meth:`kick` before the reply: it runs no further than that.
 
-        :raise LiveError: it is not to be stopped, or the guest left for another reason.
+        :raise RuntimeError: it cannot be stopped, or the guest has left for another reason than a port.
         """
+
+        def go() -> None:
+            try:
+                while self.run():
+                    pass
+            except RuntimeError as error:
+                left.append(error)
+
+        left: list[RuntimeError] = []
         self._run[_IMMEDIATE_EXIT] = 0
-        left_with: list[int] = []
         before = signal.signal(_KICK, lambda *_: None)
-        self._thread = threading.Thread(target=self._go, args=(left_with,), name="vcpu", daemon=True)
+        self._thread = threading.Thread(target=go, name="vcpu", daemon=True)
         self._thread.start()
         try:
             yield
         finally:
             self.kick()
-            self._thread.join(DEADLINE)
+            self._thread.join(_STOPS_WITHIN)
             signal.signal(_KICK, before)
-        if self._thread.is_alive() or left_with:
-            raise LiveError(f"the guest left with reason {left_with[0]}" if left_with else "the vCPU does not stop")
+        if left:
+            raise left[0]
+        if self._thread.is_alive():
+            raise RuntimeError("the vCPU does not stop")
 
     def kick(self) -> None:
         """Have the vCPU stop before it enters the guest again; one that waits for an introspector waits on."""
         self._run[_IMMEDIATE_EXIT] = 1  # for a thread that is about to call KVM; for one that has, the signal
         if self._thread.ident is not None and self._thread.is_alive():
             signal.pthread_kill(self._thread.ident, _KICK)
-
-    def _go(self, left_with: list[int]) -> None:
-        while True:
-            try:
-                ioctl(self._vcpu, _RUN, 0)
-            except InterruptedError:
-                return
-            reason = int.from_bytes(self._run[_EXIT_REASON], "little")
-            if reason != _EXIT_IO:
-                left_with.append(reason)
-                return
 
 
 def pack_sregs(sregs: SpecialRegisters) -> bytes:
