@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from math import ceil, log10
-from statistics import fmean
+from statistics import fmean, median
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from markupsafe import Markup
 
 from kvmi_host.report.history import PastNight
 from kvmi_host.report.scales import (
-    Scale,
     bins,
     decade_ticks,
     duration,
@@ -189,7 +188,9 @@ def sparkline(name: str, values: Sequence[float | None]) -> Markup:
         f"{name}: median of an event's round trip, by night",
         f"Between {number(low)} and {number(high)} µs, {number(there[-1][1])} µs at last.",
     )
-    y: Scale = linear((low, high), (height - 5, 5))
+    # What is within a fifth of the others is noise, and looks like it.
+    middle = median(value for _, value in there)
+    y = linear((min(low, 0.8 * middle), max(high, 1.2 * middle)), (height - 4, 4))
     points = [(index * _NIGHT + _NIGHT / 2, y(value)) for index, value in there]
     _add(chart, "polyline", "line", points=_points(points))
     _add(chart, "circle", "dot", cx=points[-1][0], cy=points[-1][1], r=2.5)

@@ -6,48 +6,38 @@ Class names are ``hardware.HOST.MODULE``, so that the same test on two hosts is 
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
 from pathlib import Path
-from xml.etree.ElementTree import Element, ParseError, SubElement
+from xml.etree.ElementTree import Element, SubElement
 
 from kvmi_host.lab import junit
+from kvmi_host.report.pytest_report import module_of
 from kvmi_host.report.results import THE_LOG, HostResults, NightResults
 from kvmi_host.report.suite import Outcome
 
-_MAX_FILE = 64 << 20  # bytes
 _COUNTS = {"failures": "failure", "errors": "error", "skipped": "skipped"}
-_SUITE = re.compile(r"(?:.*\.)?(?:hardware|hwtest)\.")
-"""What stands before the module in a class name."""
-
 _KERNEL_LOG = "kernel_log"
 
 
 def write_junit(results: NightResults, folder: Path) -> None:
-    """Write it into the night's folder.
+    """Write it into the night's folder. The hosts' own reports are changed for it.
 
     :raise OSError: it cannot be written.
     """
-    suites = [suite for host in results.hosts for suite in _suites(host, folder / "hosts" / host.name / "junit.xml")]
-    junit.write(suites, folder / "junit.xml")
+    junit.write([suite for host in results.hosts for suite in _suites(host)], folder / "junit.xml")
 
 
-def _suites(host: HostResults, file: Path) -> list[Element]:
+def _suites(host: HostResults) -> Sequence[Element]:
     """A host's suites, at least one, with what is known of the host as properties."""
-    suites, unreadable = [], ""
-    if file.exists():
-        try:
-            suites = _read(file)
-        except (OSError, ValueError, ParseError) as error:
-            unreadable = f"its junit.xml is unreadable: {error}"
-    suites = suites or [Element("testsuite", time="0")]
+    suites = host.junit or [Element("testsuite", time="0")]
     seen = {_named(host, case) for suite in suites for case in suite.iter("testcase")}
     for test in host.tests:
         if test.own and test.outcome is Outcome.FAILED:
             name = f"{_KERNEL_LOG}.test_no_complaint" if test.id == THE_LOG else "host.test_comes_to_its_end"
             if name not in seen:  # the suite itself may have noticed that the kernel complained
                 _fail(suites[0], host, name, test.message)
-    if unreadable:
-        _fail(suites[0], host, "host.test_leaves_its_report", unreadable)
+    if host.no_junit:
+        _fail(suites[0], host, "host.test_leaves_its_report", host.no_junit)
     for suite in suites:
         suite.set("name", host.name)
         suite.set("tests", str(len(suite.findall("testcase"))))
@@ -57,15 +47,9 @@ def _suites(host: HostResults, file: Path) -> list[Element]:
     return suites
 
 
-def _read(file: Path) -> list[Element]:
-    if file.stat().st_size > _MAX_FILE:
-        raise ValueError(f"it has more than {_MAX_FILE >> 20} MiB")
-    return junit.suites(file)
-
-
 def _named(host: HostResults, case: Element) -> str:
     """Give a test its class name, and tell module and name."""
-    module = _SUITE.sub("", case.get("classname", ""), count=1) or "suite"
+    module = module_of(case)
     case.set("classname", f"hardware.{host.name}.{module}")
     return f"{module}.{case.get('name')}"
 

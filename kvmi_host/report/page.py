@@ -24,6 +24,7 @@ from kvmi_host.report import charts
 from kvmi_host.report.changes import Change, Changes
 from kvmi_host.report.history import PastNight
 from kvmi_host.report.past import NO_PAST, Past, Since
+from kvmi_host.report.pytest_report import shown
 from kvmi_host.report.results import HostResults, NightResults
 from kvmi_host.report.scales import duration, number, percentile
 from kvmi_host.report.suite import GAPS, LATENCY, RATE, Measurement, Outcome, Rule, Test
@@ -52,6 +53,8 @@ class _Failure:
     test: Test
     anchor: str
     said: dict[str, list[tuple[HostResults, Since | None]]] = field(default_factory=dict)
+    shown: dict[str, str] = field(default_factory=dict)
+    """What pytest showed on the first of the hosts that said so."""
 
 
 @dataclass(slots=True)
@@ -162,9 +165,12 @@ def _failures(hosts: Iterable[HostResults], since: Mapping[tuple[str, str], Sinc
     """The failed tests: hosts and kernels first, the same test on several hosts together."""
     found: dict[str, _Failure] = {}
     for host in hosts:
+        traces = shown(host.junit)
         for test in host.tests:
             if test.outcome is Outcome.FAILED:
                 failure = found.setdefault(test.id, _Failure(test, f"failure-{len(found) + 1}"))
+                if test.message not in failure.shown and test.id in traces:
+                    failure.shown[test.message] = traces[test.id]
                 failure.said.setdefault(test.message, []).append((host, since.get((host.name, test.id))))
     return sorted(found.values(), key=lambda failure: not failure.test.own)
 

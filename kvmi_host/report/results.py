@@ -7,16 +7,18 @@ A host that did not come to its end and a kernel that complained count as failed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
+from xml.etree.ElementTree import Element
 
 from kvmi_host.host.printable import printable
 from kvmi_host.lab.night import HostRun, Night, State, read_night
-from kvmi_host.report.errors import SuiteUnreadable
+from kvmi_host.report.errors import ReportError, SuiteUnreadable
 from kvmi_host.report.history import PastHost, PastNight
+from kvmi_host.report.pytest_report import read_junit
 from kvmi_host.report.suite import LATENCY, Outcome, Suite, Test, read_suite
 
 THE_HOST, THE_LOG = "the host itself", "the kernel's log"
@@ -39,6 +41,8 @@ class HostResults:
     :ivar logs: files in its folder, by their path from the night's.
     :ivar tests: its suite's, and those of our own.
     :ivar failed: the names of those that failed.
+    :ivar junit: the test suites of its junit.xml.
+    :ivar no_junit: why that cannot be read; empty where it can, or is not there.
     """
 
     run: HostRun
@@ -47,6 +51,8 @@ class HostResults:
     logs: tuple[str, ...]
     tests: tuple[Test, ...]
     failed: frozenset[str]
+    junit: Sequence[Element]
+    no_junit: str
 
     @property
     def name(self) -> str:
@@ -149,7 +155,17 @@ def _host(folder: Path, run: HostRun) -> HostResults:
     its = suite.tests if suite else ()
     tests = (*_own(run, its, unreadable), *its)
     failed = frozenset(test.id for test in tests if test.outcome is Outcome.FAILED)
-    return HostResults(run, suite, unreadable, logs, tests, failed)
+    return HostResults(run, suite, unreadable, logs, tests, failed, *_junit(folder / place / "junit.xml"))
+
+
+def _junit(file: Path) -> tuple[Sequence[Element], str]:
+    """Its suites, or why there are none."""
+    if not file.exists():
+        return (), ""
+    try:
+        return read_junit(file), ""
+    except ReportError as error:
+        return (), f"Its junit.xml is unreadable: {error}."
 
 
 def _own(run: HostRun, tests: tuple[Test, ...], unreadable: str) -> Iterator[Test]:

@@ -8,7 +8,7 @@ is what it looks like.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +16,8 @@ from random import Random
 from typing import Any
 
 from kvmi_host.lab.night import HostRun, Night, State
+from kvmi_host.testing.rules import Host, Rule, Rules
+from kvmi_host.testing.suite_report import FAILED, PASSED, Measurement, SuiteReport
 
 Json = dict[str, Any]
 
@@ -118,85 +120,61 @@ def lab(night: int = 12) -> list[MadeUpHost]:
     return hosts
 
 
-_LATE = """tests/hardware/test_replies.py:118: in test_a_reply_is_taken_once
-    event = session.next_event(timeout=20)
-E   kvmi_host.introspect.errors.TimedOut: no event of vCPU 2 within 20 s; the last was seq 4711, a CR event of vCPU 0"""
-_WRONG = """tests/hardware/test_commands.py:77: in test_padding
-    assert answer.error == -errno.EINVAL
-E   AssertionError: assert -14 == -22"""
+_LATE = (
+    "kvmi_host.introspect.errors.TimedOut: no event of vCPU 2 within 20 s; the last was seq 4711, a CR event of vCPU 0"
+)
+_WRONG = "AssertionError: assert -14 == -22"
+_TRACE = """session = Session(uuid=..., name="puppet")
+
+    def test_a_rule_holds(session):
+&gt;       assert session.next_event(timeout=20)
+tests/hardware/test_rules.py:77: in test_a_rule_holds
+    the rest of it is in pytest.log"""
 
 
 def _run(name: str, state: State = State.FINISHED, reason: str = "", **more: Any) -> HostRun:
     return HostRun(name, state, reason, **more)
 
 
-def tests_of(host: MadeUpHost, random: Random) -> list[Json]:
-    """The tests that its suite.json has."""
-    found: list[Json] = []
-    for group, (_, rules) in GROUPS.items():
-        for number in range(1, rules + 1):
-            rule = f"{list(GROUPS).index(group) + 1}.{number}"
-            name = f"test_{group}.py::test_rule_{number}_holds"
-            cases = [name] if number % 3 else [f"{name}[amd64-4-True]", f"{name}[amd64-8-False]"]
-            found += [_test(case, group, [rule]) for case in cases]
-    found += [_test(name, "", []) for name in _OWN]
-    for index, test in enumerate(found):
-        test["seconds"] = round(random.lognormvariate(-1, 1), 3)
-        if why := host.without.get(test["group"]):
-            test.update(outcome="not applicable", message=why)
-        elif why := host.fails.get(index):
-            test.update(outcome="failed", message=why)
-    return found
-
-
-def _test(name: str, group: str, rules: Sequence[str]) -> Json:
-    return {"id": name, "group": group, "rules": [*rules], "seconds": 0, "outcome": "passed", "message": ""}
-
-
 def suite_of(host: MadeUpHost, seed: int = 1) -> Json:
-    """What its suite.json has."""
+    """What its suite.json has, written by what writes those of real hosts."""
     random = Random(f"{host.name} {seed}")
-    tests = tests_of(host, random)
-    return {
-        "format": 1,
-        "host": {
-            "name": host.name,
-            "kernel": host.kernel,
-            "cpu_vendor": host.vendor,
-            "dialect": "v6",
-            "paging": host.paging,
-            "version": "0.1.0",
-        },
-        "started": "2026-11-23T01:00:40+00:00",
-        "ended": "2026-11-23T01:14:12+00:00",
-        "groups": [{"id": group, "title": title} for group, (title, _) in GROUPS.items()],
-        "rules": list(_rules_of(tests)),
-        "tests": tests,
-        "measurements": _measurements(host, random),
-    }
+    about = Host(host.name, host.kernel, host.vendor, "v6", host.paging, "0.1.0", lacks={})
+    report = SuiteReport(_rules(), about, started=datetime(2026, 11, 23, 1, 0, 40, tzinfo=UTC))
+    tests = [
+        *((name, rule) for rule in report.rules.rules.values() for name in _names(rule)),
+        *((name, None) for name in _OWN),
+    ]
+    for index, (name, rule) in enumerate(tests):
+        why = host.without.get(rule.group if rule else "", "")
+        report.add_test(name, [rule] if rule else [], chosen=True, not_applicable=why)
+        if not why:
+            message = host.fails.get(index, "")
+            report.done(name, FAILED if message else PASSED, message)
+            report.tests[name].seconds = random.lognormvariate(-1, 1)
+    report.measurements += _measurements(host, random)
+    return report.as_json(report.started + timedelta(seconds=812))
 
 
-def _rules_of(tests: Sequence[Json]) -> Iterable[Json]:
-    for place, (group, (_, rules)) in enumerate(GROUPS.items(), 1):
-        for number in range(1, rules + 1):
+def _rules() -> Rules:
+    found = {}
+    for place, (group, (_, count)) in enumerate(GROUPS.items(), 1):
+        for number in range(1, count + 1):
             name = f"{place}.{number}"
-            mine = [test for test in tests if name in test["rules"]]
-            outcomes = {test["outcome"] for test in mine}
-            outcome = next(kind for kind in ("failed", "not applicable", "passed") if kind in outcomes)
-            reason = mine[0]["message"] if outcome == "not applicable" else ""
-            if name == "8.13":
-                outcome, reason, mine = "not run", "it needs a kernel whose allocations can be made to fail", []
-            yield {
-                "number": name,
-                "group": group,
-                "text": _SENTENCES[(place + number) % len(_SENTENCES)],
-                "outcome": outcome,
-                "reason": reason,
-                "tests": [test["id"] for test in mine],
-            }
+            found[name] = Rule(name, group, _SENTENCES[(place + number) % len(_SENTENCES)])
+    return Rules({group: title for group, (title, _) in GROUPS.items()}, found)
 
 
-def _measurements(host: MadeUpHost, random: Random) -> list[Json]:
+def _names(rule: Rule) -> list[str]:
+    """The tests of a rule: one, two for each third rule, and none for the last one about pages."""
+    number = rule.number.partition(".")[2]
+    name = f"tests/hardware/test_{rule.group}.py::test_rule_{number}_holds"
+    if rule.number == "8.13":
+        return []
+    return [name] if int(number) % 3 else [f"{name}[amd64-4-True]", f"{name}[amd64-8-False]"]
+
+
+def _measurements(host: MadeUpHost, random: Random) -> list[Measurement]:
     trips = [host.latency * random.lognormvariate(0, 0.12) for _ in range(1900)]
     trips += [host.latency * random.uniform(2, 9) for _ in range(25)]
     times = list(range(0, 301, 10))
@@ -204,9 +182,9 @@ def _measurements(host: MadeUpHost, random: Random) -> list[Json]:
     rates = [rate * random.gauss(1, 0.04) * (0.7 if 150 < time < 190 else 1) for time in times]
     gaps = [3 if host.name == "intel-6.12" and time in (170, 180) else 0 for time in times]
     return [
-        {"name": "event round trip", "unit": "us", "values": [round(trip, 2) for trip in trips]},
-        {"name": "soak: events a second", "unit": "1/s", "at_seconds": times, "values": [round(one) for one in rates]},
-        {"name": "soak: gaps", "unit": "", "at_seconds": times, "values": gaps},
+        Measurement("event round trip", "us", [round(trip, 2) for trip in trips]),
+        Measurement("soak: events a second", "1/s", [round(one) for one in rates], times),
+        Measurement("soak: gaps", "", gaps, times),
     ]
 
 
@@ -253,6 +231,6 @@ def _junit(suite: Json) -> str:
     for test in suite["tests"]:
         if test["outcome"] != "not applicable":
             module, _, name = test["id"].partition(".py::")
-            failure = '<failure message="it failed">see suite.json</failure>' if test["outcome"] == "failed" else ""
+            failure = f'<failure message="it failed">{_TRACE}</failure>' if test["outcome"] == "failed" else ""
             cases.append(f'<testcase classname="tests.hardware.{module}" name="{name}" time="0.1">{failure}</testcase>')
     return f'<testsuites><testsuite name="pytest" tests="{len(cases)}">{"".join(cases)}</testsuite></testsuites>'

@@ -185,7 +185,12 @@ def test_long_names_without_blanks_do_not_widen_the_page(browser: Chromium, tmp_
 
 
 @pytest.mark.integration
-def test_it_prints(browser: Chromium, night: Path) -> None:
-    browser.show(night, 1280)
+def test_it_is_printed_dark_on_light_and_within_the_paper(browser: Chromium, night: Path) -> None:
+    a4 = 718  # pixels between the margins that Chromium leaves on A4
+    browser.show(night, a4, dark=True)
     browser.print(SHOTS / "print.pdf")
-    assert (SHOTS / "print.pdf").read_bytes().startswith(b"%PDF-")
+    scheme = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.ask("Emulation.setEmulatedMedia", media="print", features=[scheme])
+    assert browser.evaluate(PALE) == []
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgba(0, 0, 0, 0)"
+    assert browser.evaluate("document.documentElement.scrollWidth") == a4

@@ -58,8 +58,8 @@ def test_what_changed_comes_before_all_else_and_new_failures_before_what_was_fix
         "New failures 2 new its first run the host itself No answer: is it on?",
         f"lab7 test_framing.py::test_rule_2_holds {LATE}",
         "Fixed 1 lab7 test_framing.py::test_rule_1_holds",
-        "Newly not applicable 17 lab7 test_pages.py::test_rule_1_holds",
-        "and 14 more tests",
+        "Newly not applicable 16 lab7 test_pages.py::test_rule_1_holds",
+        "and 13 more tests",
         "new came.",
         "old is not there any more.",
         "Groups of rules, by host",
@@ -73,6 +73,13 @@ def test_a_failure_that_is_not_new_says_since_when(written):
     for number in (1, 2, 3):
         text = written(MadeUpHost("lab7", fails={0: LATE}), number=number)[1]
     assert "test_framing.py::test_rule_1_holds rule 1.1 lab7 since 12 November 2026, 3 nights" in text
+
+
+def test_a_failed_test_has_its_message_and_what_pytest_showed_by_host(written):
+    text = written(MadeUpHost("a", fails={0: LATE}), MadeUpHost("b", fails={0: "AssertionError"}))[1]
+    shown = 'session = Session(uuid=..., name="puppet") def test_a_rule_holds(session): > assert'
+    assert f"rule 1.1 a {LATE} What pytest showed on a {shown}" in text
+    assert f"b AssertionError What pytest showed on b {shown}" in text
 
 
 def test_a_night_that_is_written_again_is_compared_with_the_one_before_it(written):
@@ -105,7 +112,8 @@ def test_a_rule_shows_its_outcome_on_each_host_and_why_it_was_not_applicable(wri
     hosts = (MadeUpHost("a", fails={0: LATE}), MadeUpHost("b", without={"framing": "no EPT"}), MadeUpHost("c"))
     text = written(*hosts)[1]
     row = re.search(r"1\.1 [A-Z].*? 1\.2 ", text)[0]
-    assert "1 test test_framing.py::test_rule_1_holds not applicable on b: no EPT" in row
+    name = "test_framing.py::test_rule_1_holds"
+    assert f"1 test {name} failed on a: {name} not applicable on b: no EPT" in row
     assert row.endswith("✕ failed ○ not applicable ✓ passed 1.2 ")
 
 
