@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import threading
@@ -127,6 +128,8 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     monkeypatch.setattr(ssh_run, "_check", lambda host: Python.here())
     with ExitStack() as stack:
         yield Lab(tmp_path, stack)
+    for folder in Path("/tmp").glob(f"kvmi-host-suite-*-{os.getpid()}-*"):  # of hosts that died in a test
+        shutil.rmtree(folder)
 
 
 def once(begun: Callable[[], object]) -> Callable[[Part], None]:
