@@ -76,7 +76,11 @@ def soak(rates: Sequence[Point], gaps: Sequence[Point] | None) -> Markup:
     """
     height, top, base, lane = 124, 8, 76, 98
     missing = [(when, gap) for when, gap in gaps or () if gap > 0]
-    lost = f"{number(sum(gap for _, gap in missing))} gaps at {len(missing)} times" if missing else "no gaps"
+    lost = (
+        f"{number(sum(gap for _, gap in missing))} gaps, in {len(missing)} of {len(gaps)} samples"
+        if gaps and missing
+        else "no gaps"
+    )
     heights, end = [rate for _, rate in rates], rates[-1][0]
     chart = _svg(
         _WIDTH,
