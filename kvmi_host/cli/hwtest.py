@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvmi_host.cli.options import CpuVendor, Kernel
+from kvmi_host.cli.rack import RackCoordinator, RackCount, RackFilters, RackPlace, RackWait
 from kvmi_host.host.kernels import Series
 from kvmi_host.host.vendor import Vendor
 
@@ -47,6 +48,11 @@ def hwtest(
         Path | None,
         typer.Option(metavar="FILE", help="Of the inventory, the nights before.", show_default=False),
     ] = None,
+    lg_coordinator: RackCoordinator = None,
+    lg_place: RackPlace = None,
+    lg_filter: RackFilters = None,
+    lg_count: RackCount = None,
+    lg_wait: RackWait = 3600,
     kernel: Kernel = Series.V6_1,
     cpu: CpuVendor = Vendor.AMD,
     report: Annotated[
@@ -79,10 +85,17 @@ def hwtest(
     from kvmi_host.lab import Box, suite
     from kvmi_host.lab.bochs import BochsHost
 
+    arguments = [*(["-k", expression] if expression else []), *(extra or [])]
+    if lg_coordinator or lg_place or lg_filter:
+        from kvmi_host.cli.rack import rack_hosts
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with rack_hosts(lg_coordinator, lg_place, lg_filter or [], lg_count, lg_wait) as hosts:
+            status = _night(hosts, report, arguments, forks, history)
+        raise typer.Exit(status)
     if inventory:
         from kvmi_host.lab.inventory import chosen, read_inventory
 
-        arguments = [*(["-k", expression] if expression else []), *(extra or [])]
         hosts = chosen(read_inventory(inventory), limit or [])
         raise typer.Exit(_night(hosts, report, arguments, forks, history))
     if limit:

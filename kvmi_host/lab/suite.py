@@ -94,6 +94,7 @@ def pytest_command(python: str, package: str, junit: str, results: str, argument
     """
     argv = [python, "-m", "pytest", "--pyargs", "kvmi_host.hwtest", "-c", "/dev/null", f"--rootdir={package}"]
     argv += ["-p", "kvmi_host.testing.plugin", "-p", "no:cacheprovider", "--import-mode=importlib", "--strict-markers"]
+    argv += ["-p", "no:labgrid"]  # it would change how every test logs, where it is installed
     argv += [f"--junitxml={junit}", f"--suite-report={results}", "-v"]
     argv += ["--color=yes"] if sys.stdout.isatty() else []
     return [*argv, *arguments]

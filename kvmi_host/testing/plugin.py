@@ -67,6 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--messages", type=int, default=3000, help="that a fuzzed VM is sent at least")
     group.addoption("--storm-seconds", type=float, default=15, help="that the storm goes on")
     group.addoption("--storm-vcpus", type=int, default=8, help="of the VM in the storm")
+    group.addoption("--soak-seconds", type=float, default=20, help="that events are answered without a pause")
     kinds = ["nested", "shadow"]
     group.addoption("--paging", choices=kinds, help="load KVM's modules anew, with that; default: leave them alone")
 
@@ -128,7 +129,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     suite = [item for item in collected if item.path.parent == folder]
     for item in suite:
         _check_names(item, rules)
-    if config.option.collectonly:
+    chosen = set(items)
+    if config.option.collectonly or not chosen.intersection(suite):
         return
     try:
         host = config.hook.pytest_kvmi_host(config=config)
@@ -137,7 +139,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if host is None:
         raise pytest.UsageError(f"{folder}/conftest.py does not tell what the host is (pytest_kvmi_host)")
     report = SuiteReport(rules, host)
-    chosen, left_out = set(items), []
+    left_out = []
     for item in suite:
         always, either = _rules_of(item, rules)
         reason = _why_not(item, always, either, host)

@@ -249,6 +249,12 @@ def test_collecting_asks_for_no_host(suite: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["10 tests collected*"])
 
 
+def test_tests_beside_the_suite_ask_for_no_host(suite: pytest.Pytester) -> None:
+    suite.makeconftest("def pytest_kvmi_host(config):\n    raise AssertionError\n")
+    suite.mkdir("unit").joinpath("test_other.py").write_text("def test_other():\n    pass\n")
+    suite.runpytest_inprocess("-p", "kvmi_host.testing.plugin", "-k", "other").assert_outcomes(passed=1, deselected=10)
+
+
 def test_a_host_without_introspection_is_told_once(suite: pytest.Pytester) -> None:
     suite.makeconftest(
         "from kvmi_host.host import HostError\n"
