@@ -26,16 +26,22 @@ _LAUNCHER = f"""#!/bin/sh
 PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"
 """
 
-LINUX = f"""kernel=/boot/vmlinuz-$(uname -r)
+
+def linux(images: PurePosixPath) -> str:
+    """What makes the host's own kernel that of the Linux guest; one of Debian's where it is the debug kernel.
+
+    :param images: the folder of guest images there.
+    """
+    return f"""kernel=/boot/vmlinuz-$(uname -r)
 [ -e "$kernel" ] || kernel=$(find /boot -name 'vmlinuz-*' | sort | head -n 1)
-ln -sf "$kernel" {TOP}/images/linux.vmlinuz"""
-"""What makes the host's own kernel that of the Linux guest; one of Debian's where it is the debug kernel."""
+ln -sf "$kernel" {images}/linux.vmlinuz"""
+
 
 SCRIPT = f"""set -e
 mkdir -p {TOP}
 rm -rf {TOP}/lib {TOP}/tests {TOP}/docs {TOP}/images {TOP}/deployed
 tar -xz --no-same-owner -C /
-{LINUX}
+{linux(TOP / "images")}
 """
 """What unpacks the stream there."""
 

@@ -31,21 +31,27 @@ Returns pytest's exit status."""
 
 _DEADLINE = 2400
 _JUNIT, _SUITE, _DMESG = "/run/kvmi-host-junit.xml", "/run/kvmi-host-suite.json", "/run/kvmi-host-dmesg.log"
-_REPORTS = {"junit.xml": _JUNIT, "suite.json": _SUITE}
+REPORTS = {"junit.xml": _JUNIT, "suite.json": _SUITE}
 """What pytest leaves on a host, by its name in the folder."""
 _BEGIN = "kvmi-host: the suite begins"
 
 
-def trouble(log: str, context: int = 12) -> str:
-    """The part of a kernel log around the first complaint, or an empty text.
+def complaints(log: str, context: int = 12) -> Iterator[str]:
+    """The parts of a kernel log around complaints. What follows closely on one belongs to it.
 
-    :param context: how many lines to show after it.
+    :param context: how many lines to show after the first of a part.
     """
     lines = log.splitlines()
+    shown = 0
     for number, line in enumerate(lines):
-        if TROUBLE.search(line):
-            return "\n".join(lines[max(0, number - 2) : number + context])
-    return ""
+        if number >= shown and TROUBLE.search(line):
+            begin, shown = max(shown, number - 2), number + context
+            yield "\n".join(lines[begin:shown])
+
+
+def trouble(log: str, context: int = 12) -> str:
+    """The first of :func:`complaints`, or an empty text."""
+    return next(complaints(log, context), "")
 
 
 def run(runner: Runner, reports: Path, expression: str | None = None, extra: Sequence[str] = ()) -> int:
@@ -81,13 +87,14 @@ def run(runner: Runner, reports: Path, expression: str | None = None, extra: Seq
     return 1
 
 
-def _pytest(python: str, package: str, junit: str, results: str, arguments: Sequence[str]) -> list[str]:
+def pytest_command(python: str, package: str, junit: str, results: str, arguments: Sequence[str]) -> list[str]:
     """The command line, which says everything: no file of settings is looked for.
 
     :param package: the folder of kvmi_host, from which tests have their names.
     """
     argv = [python, "-m", "pytest", "--pyargs", "kvmi_host.hwtest", "-c", "/dev/null", f"--rootdir={package}"]
     argv += ["-p", "kvmi_host.testing.plugin", "-p", "no:cacheprovider", "--import-mode=importlib", "--strict-markers"]
+    argv += ["-p", "no:labgrid"]  # it would change how every test logs, where it is installed
     argv += [f"--junitxml={junit}", f"--suite-report={results}", "-v"]
     argv += ["--color=yes"] if sys.stdout.isatty() else []
     return [*argv, *arguments]
@@ -97,7 +104,7 @@ def _deployed(host: str, arguments: Sequence[str]) -> list[str]:
     """The command line for a host that this tree was deployed to."""
     top = str(deploy.TOP)
     environment = [f"PYTHONPATH={top}/lib:{top}/deps", "PYTHONUNBUFFERED=1", f"KVMI_HOST_NAME={host}"]
-    pytest = _pytest("python3", f"{top}/lib/kvmi_host", _JUNIT, _SUITE, arguments)
+    pytest = pytest_command("python3", f"{top}/lib/kvmi_host", _JUNIT, _SUITE, arguments)
     return ["env", f"--chdir={top}", *environment, *pytest]
 
 
@@ -113,7 +120,7 @@ def in_box(box: Box, deadline: float | None = None) -> Runner:
         patience = deadline or _DEADLINE * box.series.patience
         try:
             status = box.run(_deployed(box.name, arguments), deadline=patience, check=False, on_output=show).returncode
-            for name, file in _REPORTS.items():
+            for name, file in REPORTS.items():
                 written = box.run(["cat", file], check=False)
                 if written.returncode == 0:
                     (reports / name).write_text(written.stdout)
@@ -129,8 +136,11 @@ def in_box(box: Box, deadline: float | None = None) -> Runner:
     return runner
 
 
-def in_bochs(host: BochsHost) -> Runner:
-    """The suite in an emulated Intel host, which lives as long as the suite runs."""
+def in_bochs(host: BochsHost, on_output: Callable[[str], None] = show) -> Runner:
+    """The suite in an emulated Intel host, which lives as long as the suite runs.
+
+    :param on_output: called with each piece of pytest's output as it comes. What it raises ends the host.
+    """
 
     def runner(arguments: Sequence[str], reports: Path) -> int:
         pytest = shlex.join(_deployed(host.name, arguments))
@@ -138,11 +148,11 @@ def in_bochs(host: BochsHost) -> Runner:
         libvirt = "mkdir -p /run/libvirt /run/lock; virtlogd -d; libvirtd -d"
         command = f"{libvirt}; echo '{_BEGIN}' > /dev/kmsg; {pytest}; status=$?; dmesg > {_DMESG}; (exit $status)"
         try:
-            status, found = host.run(command, [*_REPORTS.values(), _DMESG], show)
+            status, found = host.run(command, [*REPORTS.values(), _DMESG], on_output)
         finally:
             if host.console_log.exists():
                 shutil.copy(host.console_log, reports / "console.log")
-        for name, file in (*_REPORTS.items(), ("dmesg.log", _DMESG)):
+        for name, file in (*REPORTS.items(), ("dmesg.log", _DMESG)):
             if file in found:
                 (reports / name).write_bytes(found[file])
         return status
@@ -154,9 +164,9 @@ def here(arguments: Sequence[str], reports: Path) -> int:
     """The suite on this machine, whose KVM has introspection; it needs root."""
     Path("/dev/kmsg").write_text(f"{_BEGIN}\n")
     package = Path(kvmi_host.__file__).parent
-    junit, results = (str(reports / name) for name in _REPORTS)
+    junit, results = (str(reports / name) for name in REPORTS)
     with _images() as images:
-        argv = _pytest(sys.executable, str(package), junit, results, arguments)
+        argv = pytest_command(sys.executable, str(package), junit, results, arguments)
         status = subprocess.run(argv, env=os.environ | images, check=False).returncode
     with (reports / "dmesg.log").open("wb") as log:
         subprocess.run(["dmesg"], stdout=log, check=True)

@@ -67,6 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--messages", type=int, default=3000, help="that a fuzzed VM is sent at least")
     group.addoption("--storm-seconds", type=float, default=15, help="that the storm goes on")
     group.addoption("--storm-vcpus", type=int, default=8, help="of the VM in the storm")
+    group.addoption("--soak-seconds", type=float, default=20, help="that events are answered without a pause")
     kinds = ["nested", "shadow"]
     group.addoption("--paging", choices=kinds, help="load KVM's modules anew, with that; default: leave them alone")
 

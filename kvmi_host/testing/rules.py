@@ -19,6 +19,7 @@ NESTED = "nested paging"
 SHADOW = "shadow paging"
 EXECUTE_ONLY = "execute-only pages"
 NO_EXECUTE_ONLY = "no execute-only pages"
+FIRST_NUMBER = "a settable event number"
 SELF_CHECKS = "allocations that can be made to fail"
 SERVICES = "services"
 
@@ -30,6 +31,7 @@ PROPERTIES: Mapping[str, str] = {
     SHADOW: "KVM shadows the guest's page tables",
     EXECUTE_ONLY: "a page can be executable and nothing else",
     NO_EXECUTE_ONLY: "a page cannot be executable and nothing else",
+    FIRST_NUMBER: "where the count of events begins can be set, near its end",
     SELF_CHECKS: "the kernel is the one that checks itself (kernel/debug.config)",
     SERVICES: "systemd booted the host, which has AppArmor",
 }

@@ -15,6 +15,7 @@ from kvmi_host.testing.modules import Paging
 from kvmi_host.testing.rules import (
     ATTACHING,
     EXECUTE_ONLY,
+    FIRST_NUMBER,
     NESTED,
     NO_EXECUTE_ONLY,
     OBSERVING,
@@ -28,6 +29,7 @@ from kvmi_host.testing.rules import (
 _CAP_V7, _CAP_V6 = kvm.KVM_CAP_INTROSPECTION
 _SYSTEMD = Path("/run/systemd/system")
 """There if systemd is the first process, see sd_booted(3)."""
+_FIRST_NUMBER = Path("/sys/module/kvm/parameters/introspection_first_seq")
 _DEBUG_KERNEL = "-debug"
 """The end of its release: CONFIG_LOCALVERSION of kernel/debug.config."""
 _THEIRS = "this kernel's introspection is not ours: it keeps to the interface as it was published"
@@ -61,12 +63,15 @@ def host_under_test() -> Host:
             intel=modules.vendor() == "kvm_intel",
             checks_itself=here.release.endswith(_DEBUG_KERNEL),
             systemd=_SYSTEMD.exists(),
+            first_number=_FIRST_NUMBER.exists(),
         ),
         faults=frozenset(fault for fault in Fault if fault.value[0] is emulator()),
     )
 
 
-def lacking(*, ours: bool, paging: Paging, intel: bool, checks_itself: bool, systemd: bool) -> dict[str, str]:
+def lacking(
+    *, ours: bool, paging: Paging, intel: bool, checks_itself: bool, systemd: bool, first_number: bool
+) -> dict[str, str]:
     """What a host lacks of what rules and tests may need, each with the reason.
 
     :param ours: its kernel part is this project's, not KVM-VMI's.
@@ -84,4 +89,6 @@ def lacking(*, ours: bool, paging: Paging, intel: bool, checks_itself: bool, sys
         lacks[SELF_CHECKS] = "this kernel does not check itself, and its allocations cannot be made to fail"
     if not systemd:
         lacks[SERVICES] = "systemd did not boot this host"
+    if not first_number:
+        lacks[FIRST_NUMBER] = f"this kernel part has no {_FIRST_NUMBER.name}"
     return lacks
