@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvmi_host.host.printable import printable
 from kvmi_host.lab.errors import InventoryError
 from kvmi_host.lab.inventory import parse_inventory
 from kvmi_host.lab.paths import program
@@ -17,6 +18,7 @@ from kvmi_host.lab.paths import program
 _DEADLINE = 300  # seconds: it may ask a cloud
 _DEEPEST = 32
 _OURS = re.compile(r"kvmi_([a-z][a-z0-9_]*)")
+_NUMBER = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 _OF_ALL = {"all", "ungrouped", "_meta"}
 _IN_SSH_CONFIG = re.compile(r"[^\s\"'\\]+")
 _NOT_TAKEN = ("ansible_ssh_common_args", "ansible_ssh_extra_args")
@@ -36,13 +38,15 @@ def import_inventory(source: Path, group: str = "all", ssh_config: Path | None =
         raise InventoryError(f"{source}: there is no group {group}; there are {', '.join(groups) or 'none'}")
     variables = _table(_table(told.get("_meta", {})).get("hostvars", {}))
     members = {name: _members(told, name) for name in groups}
-    lines = [f"# The group {group} of {source.name}, by `kvmi-host inventory import`."]
+    lines = [f"# The group {_quoted(group)} of {_quoted(source.name)}, by `kvmi-host inventory import`."]
     config = []
     for name in _members(told, group):
         own = _table(variables.get(name, {}))
         tags = {other: "yes" for other in groups if name in members[other]}
         tags |= {found[1]: str(value) for key, value in own.items() if (found := _OURS.fullmatch(key))}
         deadline = tags.pop("deadline", "")
+        if deadline and not _NUMBER.fullmatch(deadline):
+            raise InventoryError(f"{name}: kvmi_deadline = {deadline!r}: seconds belong there")
         lines += ["", f"[hosts.{_quoted(name)}]"]
         if key := own.get("ansible_ssh_private_key_file"):
             if ssh_config is None:
@@ -101,12 +105,14 @@ def _quoted(text: str) -> str:
 
 
 def _ask(source: Path) -> Mapping[str, Any]:
+    if not source.exists():  # it would say so, and call it an inventory without hosts
+        raise InventoryError(f"there is no {source}: a file or a folder belongs there, as ansible's -i takes it")
     argv = [program("ansible-inventory", "ansible-core"), "-i", str(source), "--list"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_DEADLINE)
-        if done.returncode or not source.exists():
-            said = done.stderr.strip() or f"there is no {source}"
-            raise InventoryError(f"{source}: ansible-inventory does not read it: {said[-1000:]}")
+        if done.returncode:
+            said = "; ".join(printable(done.stderr[-1000:]).splitlines())
+            raise InventoryError(f"{source}: ansible-inventory does not read it: {said}")
         return _table(json.loads(done.stdout))
     except (subprocess.TimeoutExpired, ValueError, RecursionError) as error:
         raise InventoryError(f"{source}: ansible-inventory did not answer as it should: {error}") from error

@@ -180,8 +180,11 @@ def _in_bochs(part: Part, plan: Plan, patience: Patience) -> str:
         try:
             part.status = suite.in_bochs(host, take)(["--color=no", *plan.arguments], part.folder)
         except LabError as error:
-            state = State.HUNG if "serial lines" in str(error) else State.DIED
-            raise Ended(state if part.tally.total else State.UNREACHABLE, str(error)) from error
+            if plan.stop.is_set():  # a terminal's Ctrl-C ends Bochs, too
+                raise Ended(State.INTERRUPTED, "the night was ended from here") from error
+            if not part.tally.total:
+                raise Ended(State.UNREACHABLE, f"it did not come to its first test: {error}") from error
+            raise Ended(State.HUNG if "serial lines" in str(error) else State.DIED, str(error)) from error
         finally:
             dmesg = part.folder / "dmesg.log"
             if dmesg.exists():

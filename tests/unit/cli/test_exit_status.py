@@ -43,6 +43,8 @@ def test_the_version_is_the_packages(run):
         ["guest", "start", "test", *TEST_DRIVER],
         ["guest", "create", "web", "--image-dir", "/nowhere", *TEST_DRIVER],
         ["guest", "list", "-c", "qemu+ssh://root@127.0.0.1:1/system?no_tty=1"],
+        ["hwtest", "--inventory", "/nowhere/lab.toml"],
+        ["inventory", "import", "/nowhere/hosts.ini"],
     ],
 )
 def test_what_fails_is_1_and_one_line(run, arguments):
@@ -58,6 +60,7 @@ def test_what_fails_is_1_and_one_line(run, arguments):
     [
         [],
         ["reboot"],
+        ["hwtest", "--limit", "lab7"],
         ["attach"],
         ["attach", "webserver", "--events", "cr8"],
         ["attach", "webserver", "--allow", "everything"],

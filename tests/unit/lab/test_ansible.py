@@ -98,7 +98,16 @@ def test_nothing_else_gets_into_a_configuration_of_ssh(
         import_inventory(source, "all", Path("/lab.ssh"))
 
 
-@pytest.mark.parametrize("answer", [[], {"all": {"hosts": ["../a"]}}, {"_meta": {"hostvars": 3}}, {"all": 1}])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        {"all": {"hosts": ["../a"]}},
+        {"_meta": {"hostvars": 3}},
+        {"all": 1},
+        {"all": {"hosts": ["a"]}, "_meta": {"hostvars": {"a": {"kvmi_deadline": '1\n[hosts.b]\naddress = "b"'}}}},
+    ],
+)
 def test_an_answer_that_makes_no_inventory_is_an_error(
     source: Path, says: Callable[[object], None], answer: object
 ) -> None:
