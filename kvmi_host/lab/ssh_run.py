@@ -169,7 +169,8 @@ def _collect(part: Part, host: Host, name: str, before: set[str], ended: Ended |
     """
     log = host.kernel_log
     left = ""
-    if ended is None or ended.state not in {State.DIED, State.LOST}:
+    gone = ended is not None and ended.state in {State.DIED, State.LOST}
+    if not gone:
         try:
             for report in suite.REPORTS:
                 found = host.run(f"head -c {_MOST_REPORT + 1} {host.places.run}/{report}", most=_MOST_REPORT + 1)
@@ -181,12 +182,10 @@ def _collect(part: Part, host: Host, name: str, before: set[str], ended: Ended |
             left = _tidy(host, name, before)
         except Ended as error:
             left = f"; it could not be tidied up: {error.reason}"
-    else:
-        left = "; what the suite was doing there is still as it was"
     if log:
         (part.folder / "dmesg.log").write_text(log)
     part.warnings = list(suite.complaints(log))[:_MOST_WARNINGS]
-    part.dirty = bool(left)
+    part.dirty = gone or bool(left)
     return left
 
 

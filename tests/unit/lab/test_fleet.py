@@ -146,6 +146,14 @@ def only(night: Night) -> HostRun:
     return run
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is at work: one that has ended may wait for somebody to ask how."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
 def test_a_suite_that_ends_well_is_collected(lab: Lab) -> None:
     run = only(lab.night(lab.host(WELL)))
     assert (run.state, run.status, run.reason, run.dirty) == (State.FINISHED, 0, "", False)
@@ -158,9 +166,7 @@ def test_nothing_of_a_run_stays_on_the_host(lab: Lab) -> None:
     lab.night(lab.host(f'sleep 600 & touch "$TMPDIR/x"; echo $! > {lab.folder}/left; {WELL}'))
     assert not (lab.folder / "run").exists()
     assert not list(Path("/tmp").glob(f"kvmi-host-suite-lab-{os.getpid()}-*"))
-    pid = int((lab.folder / "left").read_text())
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    assert not runs(int((lab.folder / "left").read_text()))
 
 
 def test_a_failed_test_fails_the_night(lab: Lab) -> None:
