@@ -14,7 +14,7 @@ from kvmi_host.introspect import Session
 from kvmi_host.protocol import Event, EventId
 from kvmi_host.protocol.x86 import SpecialRegisters
 from kvmi_host.provision import find_image
-from kvmi_host.testing.live import LiveGuest, SharedGuests, await_event, hook
+from kvmi_host.testing.live import DEADLINE, LiveGuest, SharedGuests, hook
 
 pytestmark = pytest.mark.hardware
 
@@ -94,7 +94,8 @@ def follow(session: Session) -> Boot:
     """Follow a guest that has not begun to run."""
     boot = Boot()
     while len(boot.calls) < 12:
-        event = await_event(session)
+        event = session.next_event(4 * DEADLINE)
+        assert event is not None, f"no event came after {boot.events[-5:]}, {boot.calls}"
         seen = Seen.of(event, session.get_registers(event.vcpu).mode)
         if event.event == EventId.CREATE_VCPU:
             watch(session, event.vcpu)
