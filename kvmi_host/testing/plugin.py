@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
 from kvmi_host.host import HostError
-from kvmi_host.testing.rules import SELF_CHECKS, SERVICES, Host, Rule, Rules, RulesError, read_rules
+from kvmi_host.testing.rules import PROPERTIES, SELF_CHECKS, SERVICES, Host, Rule, Rules, RulesError, read_rules
 from kvmi_host.testing.suite_report import FAILED, NOT_APPLICABLE, PASSED, Measurement, SuiteReport
 
 PACKAGE = "kvmi_host.hwtest"
@@ -27,6 +28,8 @@ PACKAGE = "kvmi_host.hwtest"
 
 _HOST_CANNOT = 3
 """The exit status, as ``kvmi-host`` has it."""
+_EVERY = 60.0
+"""Seconds between two reports of one run."""
 _REPORT = pytest.StashKey[SuiteReport]()
 _MARKERS = {
     "hardware": "needs live vCPUs under KVM with introspection, as in the host in a box",
@@ -34,9 +37,10 @@ _MARKERS = {
     "libvirt": "needs libvirtd on the host under test",
     "services": "needs a host that systemd booted, with AppArmor; the emulated Intel host has neither",
     "rule(number, ..., either=False)": "the rules of rules.toml that the test shows",
+    "needs(property, ...)": "what the test needs of the host besides, as rules do",
 }
 _NEEDS = {"debug_kernel": SELF_CHECKS, "services": SERVICES}
-"""The markers that say what a test needs of the host."""
+"""Markers that have a name of their own for what a test needs of the host."""
 
 
 class Hooks:
@@ -77,21 +81,31 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.junitprefix = config.option.junitprefix or "hardware"
 
 
+def _check_names(item: pytest.Item, rules: Rules) -> None:
+    """A test may name what there is.
+
+    :raise pytest.UsageError: it names something else.
+    """
+    for marker, kind, known in (("rule", "rule", rules.rules), ("needs", "property of a host", PROPERTIES)):
+        names = [name for mark in item.iter_markers(marker) for name in mark.args]
+        if unknown := [str(name) for name in names if name not in known]:
+            raise pytest.UsageError(f"{item.nodeid}: there is no {kind} {', '.join(unknown)}")
+
+
 def _rules_of(item: pytest.Item, rules: Rules) -> tuple[list[Rule], list[Rule]]:
     """The rules that a test names: those that it shows in any case, and those of which it shows what holds here."""
     always: list[Rule] = []
     either: list[Rule] = []
     for marker in item.iter_markers("rule"):
-        if unknown := [number for number in marker.args if number not in rules.rules]:
-            raise pytest.UsageError(f"{item.nodeid}: there is no rule {', '.join(map(str, unknown))} in rules.toml")
         (either if marker.kwargs.get("either") else always).extend(rules.rules[number] for number in marker.args)
     return always, either
 
 
 def _why_not(item: pytest.Item, always: Sequence[Rule], either: Sequence[Rule], host: Host) -> str:
     """Why a test has nothing to show on a host; an empty text if it has."""
-    lacking = [host.lacks.get(need, "") for marker, need in _NEEDS.items() if item.get_closest_marker(marker)]
-    reasons = [*lacking, *(rule.not_here(host) for rule in always)]
+    needs = [need for marker, need in _NEEDS.items() if item.get_closest_marker(marker)]
+    needs += [need for marker in item.iter_markers("needs") for need in marker.args]
+    reasons = [*(host.lacks.get(need, "") for need in needs), *(rule.not_here(host) for rule in always)]
     if either and all(others := [rule.not_here(host) for rule in either]):
         reasons += others
     return next(filter(None, reasons), "")
@@ -112,8 +126,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         rules = read_rules(folder / "rules.toml")
     except RulesError as error:
         raise pytest.UsageError(str(error)) from None
-    named = {item: _rules_of(item, rules) for item in collected if item.path.parent == folder}
-    if config.option.collectonly:
+    suite = [item for item in collected if item.path.parent == folder]
+    for item in suite:
+        _check_names(item, rules)
+    chosen = set(items)
+    if config.option.collectonly or not chosen.intersection(suite):
         return
     try:
         host = config.hook.pytest_kvmi_host(config=config)
@@ -122,8 +139,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if host is None:
         raise pytest.UsageError(f"{folder}/conftest.py does not tell what the host is (pytest_kvmi_host)")
     report = SuiteReport(rules, host)
-    chosen, left_out = set(items), []
-    for item, (always, either) in named.items():
+    left_out = []
+    for item in suite:
+        always, either = _rules_of(item, rules)
         reason = _why_not(item, always, either, host)
         report.add_test(item.nodeid, [*always, *either], chosen=item in chosen, not_applicable=reason)
         if reason and item in chosen:
@@ -177,6 +195,17 @@ def measured(request: pytest.FixtureRequest) -> Callable[..., None]:
 def host(pytestconfig: pytest.Config) -> Host:
     """The host under test."""
     return pytestconfig.stash[_REPORT].host
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Writes the report from time to time: where a host hangs, there is one of what was done until then."""
+    done = yield
+    report = item.config.stash.get(_REPORT, None)
+    path = item.config.getoption("--suite-report")
+    if report is not None and path and monotonic() - report.written > _EVERY:
+        report.write(path)
+    return done
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from time import monotonic
 
 from kvmi_host.testing.rules import Host, Rule, Rules
 
@@ -68,13 +69,18 @@ class RuleOutcome:
 
 @dataclass(slots=True)
 class SuiteReport:
-    """A run. ``tests``: by pytest's name for them."""
+    """A run.
+
+    :ivar tests: by pytest's name for them.
+    :ivar written: when the report was written last, by the clock that only goes on.
+    """
 
     rules: Rules
     host: Host
     tests: dict[str, _Test] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    written: float = -math.inf
 
     def add_test(self, nodeid: str, rules: Sequence[Rule], *, chosen: bool, not_applicable: str = "") -> None:
         """A test of the suite.
@@ -156,5 +162,9 @@ class SuiteReport:
         }
 
     def write(self, path: Path) -> None:
-        """Write the report, as one that has ended now."""
-        path.write_text(json.dumps(self.as_json(datetime.now(UTC)), indent=1) + "\n")
+        """Write the report, as one that has ended now. A reader finds the last one or this one, never a part."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(self.as_json(datetime.now(UTC)), indent=1) + "\n")
+        part.replace(path)
+        self.written = monotonic()

@@ -72,6 +72,10 @@ def test_expects_the_fault():
 def test_of_no_rule():
     pass
 
+@pytest.mark.needs("shadow paging")
+def test_that_needs_shadows():
+    raise AssertionError
+
 @pytest.mark.services
 def test_of_services():
     raise AssertionError
@@ -169,6 +173,7 @@ def test_what_does_not_apply_is_told_with_its_reason(run: Callable[..., dict[str
     assert reasons == {
         "test_it.py::test_of_v7": "a rule of dialect v7; this kernel speaks v6",
         "test_it.py::test_of_shadows": "no shadows here",
+        "test_it.py::test_that_needs_shadows": "no shadows here",
         "test_it.py::test_of_services": "no systemd",
     }
     told = {rule["number"]: rule["reason"] for rule in report["rules"] if rule["outcome"] == "not applicable"}
@@ -178,7 +183,7 @@ def test_what_does_not_apply_is_told_with_its_reason(run: Callable[..., dict[str
 
 def test_what_does_not_apply_is_deselected_and_never_skipped(suite: pytest.Pytester) -> None:
     result = suite.runpytest_inprocess("-p", "kvmi_host.testing.plugin", "--junitxml=junit.xml")
-    result.assert_outcomes(passed=5, failed=1, deselected=3)
+    result.assert_outcomes(passed=5, failed=1, deselected=4)
     assert "<skipped" not in (suite.path / "junit.xml").read_text()
 
 
@@ -204,7 +209,18 @@ def test_a_rule_that_some_of_its_tests_have_shown_says_so(run: Callable[..., dic
 def test_a_run_that_ends_early_has_not_run_what_it_did_not_reach(run: Callable[..., dict[str, Any]]) -> None:
     report = run("-x", "--deselect", "test_it.py::test_passes")
     assert outcomes(report)["2.5"] == "not run"
-    assert len(report["tests"]) == 2 + 3  # what was run, and what does not apply
+    assert len(report["tests"]) == 2 + 4  # what was run, and what does not apply
+
+
+def test_a_run_that_is_killed_leaves_what_was_done(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        test_it="import os, pytest\n"
+        '@pytest.mark.rule("2.1")\ndef test_a():\n    pass\n'
+        '@pytest.mark.rule("4.1")\ndef test_b():\n    os._exit(9)\n'
+    )
+    suite.runpytest_subprocess("-p", "kvmi_host.testing.plugin", "--suite-report=suite.json")
+    report = json.loads((suite.path / "suite.json").read_text())
+    assert (outcomes(report)["2.1"], outcomes(report)["4.1"]) == ("passed", "not run")
 
 
 def test_the_terminal_shows_how_many_rules_came_to_what(suite: pytest.Pytester) -> None:
@@ -217,13 +233,26 @@ def test_a_rule_that_there_is_not_cannot_be_named(suite: pytest.Pytester) -> Non
     suite.makepyfile(test_it='import pytest\n@pytest.mark.rule("2.9")\ndef test_x():\n    pass\n')
     result = suite.runpytest_inprocess("-p", "kvmi_host.testing.plugin")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*test_it.py::test_x: there is no rule 2.9 in rules.toml"])
+    result.stderr.fnmatch_lines(["*test_it.py::test_x: there is no rule 2.9"])
+
+
+def test_a_property_that_there_is_not_cannot_be_needed(suite: pytest.Pytester) -> None:
+    suite.makepyfile(test_it='import pytest\n@pytest.mark.needs("luck")\ndef test_x():\n    pass\n')
+    result = suite.runpytest_inprocess("-p", "kvmi_host.testing.plugin")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*test_it.py::test_x: there is no property of a host luck"])
 
 
 def test_collecting_asks_for_no_host(suite: pytest.Pytester) -> None:
     suite.makeconftest("def pytest_kvmi_host(config):\n    raise AssertionError\n")
     result = suite.runpytest_inprocess("-p", "kvmi_host.testing.plugin", "--collect-only", "-q")
-    result.stdout.fnmatch_lines(["9 tests collected*"])
+    result.stdout.fnmatch_lines(["10 tests collected*"])
+
+
+def test_tests_beside_the_suite_ask_for_no_host(suite: pytest.Pytester) -> None:
+    suite.makeconftest("def pytest_kvmi_host(config):\n    raise AssertionError\n")
+    suite.mkdir("unit").joinpath("test_other.py").write_text("def test_other():\n    pass\n")
+    suite.runpytest_inprocess("-p", "kvmi_host.testing.plugin", "-k", "other").assert_outcomes(passed=1, deselected=10)
 
 
 def test_a_host_without_introspection_is_told_once(suite: pytest.Pytester) -> None:
@@ -254,3 +283,15 @@ def test_a_measurement_has_a_time_for_each_finite_value(
 def test_other_folders_are_left_alone(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_it="import pytest\ndef test_x():\n    pytest.skip('elsewhere')\n")
     pytester.runpytest_inprocess("-p", "kvmi_host.testing.plugin").assert_outcomes(skipped=1)
+
+
+def test_an_installed_suites_tests_are_told_as_hardware_tests(pytester: pytest.Pytester) -> None:
+    config = pytester.parseconfigure("-p", "kvmi_host.testing.plugin", "--pyargs", "kvmi_host.hwtest")
+    assert config.option.junitprefix == "hardware"
+
+
+def test_a_prefix_of_class_names_that_was_asked_for_stays(pytester: pytest.Pytester) -> None:
+    config = pytester.parseconfigure(
+        "-p", "kvmi_host.testing.plugin", "--pyargs", "kvmi_host.hwtest", "--junit-prefix=hardware.lab7"
+    )
+    assert config.option.junitprefix == "hardware.lab7"
