@@ -28,6 +28,7 @@ _VERBS = {
     "hwtest": "kvmi_host.cli.hwtest",
     "bench": "kvmi_host.cli.bench",
     "selftests": "kvmi_host.cli.selftests",
+    "mutants": "kvmi_host.cli.mutants",
 }
 """Each module holds a Typer application ``app``."""
 
