@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Mutants: the kernel part with one thing broken on purpose, each a patch of ``kernel/src`` in ``kernel/mutants``.
 
-The head of such a patch says in a line what is broken, and in another which tests should find it, as pytest's ``-k``::
+The head of such a patch says in a line what is broken, and in another which tests should find it: the file, and what
+chooses among its tests as pytest's ``-k`` does::
 
-    Broken: a reply whose padding is not zero is taken
-    Caught-by: an_invalid_reply and padding2 and not header
+    Broken: the first padding of a reply may have any value
+    Caught-by: test_replies.py: a_short_common_part_is_still_checked and padding1
 
 All of them are built in one tree that stays, so that only what a mutant changes is compiled.
 """
@@ -29,7 +30,7 @@ from kvmi_host.lab.progress import build
 MODULES = ("kvm.ko", "kvm-amd.ko")
 """What a mutant changes, in the order in which they are loaded. The host in a box is an AMD one."""
 
-_HEAD = re.compile(r"Broken: (?P<broken>.+)\nCaught-by: (?P<expected>.+)\n---\n--- a/")
+_HEAD = re.compile(r"Broken: (?P<broken>.+)\nCaught-by: (?P<file>test_\w+\.py): (?P<expected>.+)\n---\n--- a/")
 _FILE = re.compile(r"^\+\+\+ b/(\S+)", re.MULTILINE)
 
 
@@ -38,11 +39,13 @@ class Mutant:
     """One way to break the kernel part.
 
     :ivar broken: what is broken, in a sentence without a full stop.
-    :ivar expected: the tests that should fail, as pytest's ``-k``.
+    :ivar file: where the tests are that should fail.
+    :ivar expected: which ones, as pytest's ``-k``.
     """
 
     name: str
     broken: str
+    file: str
     expected: str
     patch: Path
 
@@ -72,8 +75,8 @@ def read(patch: Path) -> Mutant:
     :raise LabError: it has no such head.
     """
     if (head := _HEAD.match(patch.read_text())) is None:
-        raise LabError(f"{patch} has to begin with the lines `Broken: ...`, `Caught-by: ...` and `---`")
-    return Mutant(patch.stem, head["broken"], head["expected"], patch)
+        raise LabError(f"{patch} has to begin with the lines `Broken: ...`, `Caught-by: FILE: ...` and `---`")
+    return Mutant(patch.stem, **head.groupdict(), patch=patch)
 
 
 def select(names: Sequence[str] = ()) -> list[Mutant]:
