@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A command that comes behind the reply, before its vCPU has read either, is served all the same."""
+"""In which turn a vCPU does what it is asked for at once, and that it does all of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from kvmi_host.testing.modewalk import HYPERCALL, HYPERCALL_EVENT
 from kvmi_host.testing.puppet import Puppet
 
 pytestmark = pytest.mark.hardware
+
+GP = 13
 
 
 def asks(puppet: Puppet, vcpu: int) -> Event:
@@ -29,3 +31,17 @@ def test_a_command_behind_the_reply_is_served_by_a_vcpu_that_has_gone_on(puppet:
     session.reply(reader)
     for vcpu in (0, 1):
         puppet.finish(vcpu)
+
+
+def test_a_pause_comes_after_the_event_of_an_exception_that_is_injected(puppet: Puppet) -> None:
+    session = puppet.session
+    session.control_events(0, EventId.TRAP, True)
+    event = asks(puppet, 0)
+    session.pause_vcpu(0)
+    session.inject_exception(0, GP, 0)
+    session.reply(event)
+    for expected in (EventId.TRAP, EventId.PAUSE_VCPU):
+        event = puppet.event()
+        assert event.event == expected
+        session.reply(event)
+    assert puppet.finish(0).exceptions == 1
