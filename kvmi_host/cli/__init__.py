@@ -26,6 +26,8 @@ _VERBS = {
     "agent": "kvmi_host.cli.agent",
     "replay": "kvmi_host.cli.replay",
     "hwtest": "kvmi_host.cli.hwtest",
+    "report": "kvmi_host.cli.report",
+    "inventory": "kvmi_host.cli.inventory",
     "bench": "kvmi_host.cli.bench",
     "selftests": "kvmi_host.cli.selftests",
     "mutants": "kvmi_host.cli.mutants",

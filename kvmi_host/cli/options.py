@@ -10,6 +10,7 @@ import typer
 
 from kvmi_host.cli.completion import running_vms
 from kvmi_host.host.kernels import Series
+from kvmi_host.host.vendor import Vendor
 
 Connect = Annotated[
     str | None,
@@ -17,13 +18,6 @@ Connect = Annotated[
 ]
 
 Kernel = Annotated[Series, typer.Option(envvar="KERNEL", help="What the host in a box runs; debug: 6.1 with checks.")]
-
-
-class Vendor(StrEnum):
-    """Whose CPU the box has."""
-
-    AMD = "amd"
-    INTEL = "intel"
 
 
 CpuVendor = Annotated[

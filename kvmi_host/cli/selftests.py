@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from kvmi_host.cli.options import CpuVendor, Kernel, Vendor
+from kvmi_host.cli.options import CpuVendor, Kernel
 from kvmi_host.host.kernels import Series
+from kvmi_host.host.vendor import Vendor
 
 _DEADLINES = {Vendor.AMD: 180, Vendor.INTEL: 60}
 """Seconds for a test. A second of Bochs's takes five to six of ours."""

@@ -94,7 +94,7 @@ def require_introspection(device: Path = KVM_DEVICE, parameter: Path = PARAMETER
     except OSError as error:
         raise HostError(f"{device}: {error.strerror}: be root, or a member of the group kvm") from None
     try:
-        version = max(ioctl(fd, KVM_CHECK_EXTENSION, number) for number in KVM_CAP_INTROSPECTION)
+        version = max(capabilities(fd).values())
     except OSError as error:
         raise HostError(f"{device} does not answer as KVM does: {error.strerror}") from None
     finally:
@@ -104,6 +104,15 @@ def require_introspection(device: Path = KVM_DEVICE, parameter: Path = PARAMETER
     if not version:
         raise HostError("this kernel's KVM modules have no introspection: install and load the kvmi modules")
     return version
+
+
+def capabilities(kvm_fd: int) -> dict[int, int]:
+    """What each number of the capability is answered with: the version, or 0.
+
+    :param kvm_fd: ``/dev/kvm``.
+    :raise OSError: that is no KVM.
+    """
+    return {number: ioctl(kvm_fd, KVM_CHECK_EXTENSION, number) for number in KVM_CAP_INTROSPECTION}
 
 
 def introspection_enabled(parameter: Path = PARAMETER) -> bool | None:

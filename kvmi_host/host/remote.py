@@ -14,11 +14,11 @@ import select
 import socket
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import paramiko
 
@@ -27,6 +27,7 @@ from kvmi_host.host.printable import printable
 from kvmi_host.host.ssh_config import Destination, read_config, resolve
 
 _MOST_JUMPS = 8
+_TICK = 1.0  # seconds between two looks at the clock
 # It would write what it raises to standard error, too.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
@@ -60,10 +61,26 @@ class Remote:
         :param most: bytes that it may write to either stream.
         :raise RemoteError: the connection broke, the deadline passed, or it wrote more.
         """
+        return execute(self._transport(line), line, stdin=stdin, deadline=deadline, most=most)
+
+    def stream(self, line: str, *, stdin: bytes = b"", tick: float = 1) -> Generator[Piece, None, None]:
+        """Run a line of the shell there, and give what it writes as it comes: see :func:`stream`."""
+        return stream(self._transport(line), line, stdin=stdin, tick=tick)
+
+    def _transport(self, line: str) -> paramiko.Transport:
         transport = self._client.get_transport()
         if transport is None:
             raise RemoteError(f"`{line}`: the SSH connection is closed")
-        return execute(transport, line, stdin=stdin, deadline=deadline, most=most)
+        return transport
+
+
+class Piece(NamedTuple):
+    """What came of a command since the last piece; nothing, if nothing came for a while. The last one has its exit
+    status."""
+
+    stdout: bytes
+    stderr: bytes
+    status: int | None = None
 
 
 def execute(
@@ -80,10 +97,37 @@ def execute(
     :param on_output: called with each piece of output, of both streams, as it comes.
     """
     until = time.monotonic() + deadline
-    collected = bytearray(), bytearray()
+    stdout, stderr = bytearray(), bytearray()
+    status = None
+    with closing(stream(transport, line, stdin=stdin, opening=deadline, tick=min(_TICK, deadline))) as pieces:
+        for piece in pieces:
+            stdout += piece.stdout
+            stderr += piece.stderr
+            status = piece.status
+            if most is not None and max(len(stdout), len(stderr)) > most:
+                raise RemoteError(f"`{line}` wrote more than {most} bytes")
+            for part in filter(None, (piece.stdout, piece.stderr)):
+                if on_output:
+                    on_output(part)
+            if status is None and time.monotonic() >= until:
+                raise RemoteError(f"`{line}` did not end within {deadline:g} s{said(stderr)}")
+    assert status is not None  # the last piece has it
+    return subprocess.CompletedProcess(line, status, bytes(stdout), bytes(stderr))
+
+
+def stream(
+    transport: paramiko.Transport, line: str, *, stdin: bytes | None = None, opening: float = 30, tick: float = 1
+) -> Generator[Piece, None, None]:
+    """Run a line of the shell on a connection, and give what it writes as it comes. Closing the generator leaves it.
+
+    :param stdin: what it reads from standard input.
+    :param opening: seconds until it must have been started.
+    :param tick: seconds after which there is a piece in any case.
+    :raise RemoteError: the connection broke.
+    """
     try:
-        with transport.open_session(timeout=deadline) as channel:
-            channel.settimeout(deadline)
+        with transport.open_session(timeout=opening) as channel:
+            channel.settimeout(opening)
             channel.exec_command(line)
             if stdin is not None:
                 channel.sendall(stdin)
@@ -91,29 +135,21 @@ def execute(
             while True:
                 # Asked before reading: what came before the end is read below.
                 ended = channel.eof_received
-                for ready, receive, into in (
-                    (channel.recv_ready, channel.recv, collected[0]),
-                    (channel.recv_stderr_ready, channel.recv_stderr, collected[1]),
-                ):
-                    while ready():
-                        piece = receive(65536)
-                        into += piece
-                        if most is not None and len(into) > most:
-                            raise RemoteError(f"`{line}` wrote more than {most} bytes")
-                        if on_output:
-                            on_output(piece)
-                left = until - time.monotonic()
-                if ended and channel.status_event.wait(max(0.0, left)):
+                stdout = stderr = b"nothing yet"
+                while stdout or stderr:
+                    stdout = channel.recv(65536) if channel.recv_ready() else b""
+                    stderr = channel.recv_stderr(65536) if channel.recv_stderr_ready() else b""
+                    if stdout or stderr:
+                        yield Piece(stdout, stderr)
+                if ended and channel.status_event.wait(tick):
                     break
                 if not transport.is_active():
                     raise RemoteError(f"the SSH connection ended during `{line}`: the host is gone, or its sshd")
-                if left <= 0:
-                    raise RemoteError(f"`{line}` did not end within {deadline:g} s{said(collected[1])}")
-                select.select([channel], [], [], left)
-            status = channel.recv_exit_status()
+                yield Piece(b"", b"")
+                select.select([channel], [], [], tick)
+            yield Piece(b"", b"", channel.recv_exit_status())
     except (OSError, EOFError, paramiko.SSHException) as error:
         raise RemoteError(f"the SSH connection broke during `{line}`: {type(error).__name__}: {error}") from error
-    return subprocess.CompletedProcess(line, status, bytes(collected[0]), bytes(collected[1]))
 
 
 def said(stream: bytes | bytearray) -> str:

@@ -84,7 +84,7 @@ mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 export HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 stty -F /dev/ttyS1 115200 raw
-{deploy.LINUX}
+{deploy.linux(deploy.TOP / "images")}
 ( {command}; echo $? > /status ) 2>&1 | cat > /dev/ttyS1
 tar -c -P -f /dev/sdb /status {" ".join(wanted)}
 sync

@@ -162,6 +162,10 @@ class Box:
             (self._run / name).unlink(missing_ok=True)
         return process is not None
 
+    def is_up(self) -> bool:
+        """Whether its machine runs."""
+        return qemu.Process.find(self._run) is not None
+
     def status(self) -> Status:
         """What is known of it.
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What of this tree goes to a host under test, as one tar stream: package, command, guest images, hardware suite, and
-the pages whose programs and commands it runs."""
+"""What of this tree goes to a host under test, as one tar stream: the package, with the hardware suite in it, the
+command and guest images."""
 
 from __future__ import annotations
 
@@ -21,39 +21,41 @@ from kvmi_host.lab.images import guest_images
 TOP = PurePosixPath("/opt/kvmi-host")
 """The folder on the host that holds all of it."""
 
-_AS_HERE = ("tests/hardware", "docs/library.md", "docs/operating.md", "pyproject.toml")
 _LAUNCHER = f"""#!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
 PYTHONPATH={TOP}/lib:{TOP}/deps exec /usr/bin/python3 -m kvmi_host.cli "$@"
 """
 
-LINUX = f"""kernel=/boot/vmlinuz-$(uname -r)
+
+def linux(images: PurePosixPath) -> str:
+    """What makes the host's own kernel that of the Linux guest; one of Debian's where it is the debug kernel.
+
+    :param images: the folder of guest images there.
+    """
+    return f"""kernel=/boot/vmlinuz-$(uname -r)
 [ -e "$kernel" ] || kernel=$(find /boot -name 'vmlinuz-*' | sort | head -n 1)
-ln -sf "$kernel" {TOP}/images/linux.vmlinuz"""
-"""What makes the host's own kernel that of the Linux guest; one of Debian's where it is the debug kernel."""
+ln -sf "$kernel" {images}/linux.vmlinuz"""
+
 
 SCRIPT = f"""set -e
 mkdir -p {TOP}
 rm -rf {TOP}/lib {TOP}/tests {TOP}/docs {TOP}/images {TOP}/deployed
 tar -xz --no-same-owner -C /
-{LINUX}
+{linux(TOP / "images")}
 """
 """What unpacks the stream there."""
 
 
 def _contents(root: Path, guests: Mapping[str, Path]) -> Iterator[tuple[PurePosixPath, Path]]:
     """Each file with its path on the host."""
-    for part, place in (("kvmi_host", "lib/kvmi_host"), *((part, part) for part in _AS_HERE)):
-        for file in cache.files(root / part) if (root / part).exists() else ():
-            yield TOP / place / file.relative_to(root / part).as_posix(), file
+    for file in cache.files(root / "kvmi_host"):
+        yield TOP / "lib" / file.relative_to(root).as_posix(), file
     for name, file in guests.items():
         yield TOP / "images" / name, file
 
 
 def _distribution(root: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """What tells Python which plugins the package has, as pip would leave it there."""
-    if not (root / "pyproject.toml").exists():
-        return
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     folder = TOP / f"lib/kvmi_host-{project['version']}.dist-info"
     yield folder / "METADATA", f"Metadata-Version: 2.1\nName: kvmi-host\nVersion: {project['version']}\n".encode()
@@ -78,7 +80,7 @@ def images_here() -> Iterator[Path]:
 
 def fingerprint(root: Path, guests: Mapping[str, Path]) -> str:
     """What tells one deployment from another."""
-    parts: list[str | Path] = [_LAUNCHER, SCRIPT]
+    parts: list[str | Path] = [_LAUNCHER, SCRIPT, root / "pyproject.toml"]
     for place, file in _contents(root, guests):
         parts += [str(place), file]
     return cache.digest(*parts)

@@ -13,12 +13,17 @@ from pathlib import Path
 _COUNTS = ("tests", "failures", "errors", "skipped")
 
 
-def _suites(report: Path) -> list[ElementTree.Element]:
+def suites(report: Path) -> list[ElementTree.Element]:
+    """The test suites of a report.
+
+    :raise ParseError: it is no XML.
+    """
     root = ElementTree.parse(report).getroot()
     return [root] if root.tag == "testsuite" else list(root.iter("testsuite"))
 
 
-def _write(suites: Iterable[ElementTree.Element], report: Path) -> None:
+def write(suites: Iterable[ElementTree.Element], report: Path) -> None:
+    """Make a report of test suites, in a folder that is made if it is not there."""
     root = ElementTree.Element("testsuites")
     root.extend(suites)
     for element in root.iter():
@@ -32,13 +37,13 @@ def _write(suites: Iterable[ElementTree.Element], report: Path) -> None:
 
 def add_failure(report: Path, class_name: str, name: str, message: str, text: str) -> None:
     """Add a failed test of our own to a report, in place: for what goes wrong beside the tests."""
-    suites = _suites(report)
-    suite = suites[0] if suites else ElementTree.Element("testsuite", name="lab", tests="0", failures="0")
+    there = suites(report)
+    suite = there[0] if there else ElementTree.Element("testsuite", name="lab", tests="0", failures="0")
     case = ElementTree.SubElement(suite, "testcase", classname=class_name, name=name, time="0")
     ElementTree.SubElement(case, "failure", message=message).text = text
     for count in ("tests", "failures"):
         suite.set(count, str(int(suite.get(count, "0")) + 1))
-    _write(suites or [suite], report)
+    write(there or [suite], report)
 
 
 def merge(reports: Iterable[Path], into: Path) -> dict[str, int]:
@@ -46,6 +51,6 @@ def merge(reports: Iterable[Path], into: Path) -> dict[str, int]:
 
     :return: the sums of ``tests``, ``failures``, ``errors`` and ``skipped``.
     """
-    suites = [suite for report in reports for suite in _suites(report)]
-    _write(suites, into)
-    return {count: sum(int(suite.get(count, "0")) for suite in suites) for count in _COUNTS}
+    all_suites = [suite for report in reports for suite in suites(report)]
+    write(all_suites, into)
+    return {count: sum(int(suite.get(count, "0")) for suite in all_suites) for count in _COUNTS}

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from rich.console import Console
@@ -23,8 +24,20 @@ from kvmi_host.lab.errors import LabError
 _console = Console(stderr=True, highlight=False)
 
 
+_teller: ContextVar[Callable[[str], None] | None] = ContextVar("teller", default=None)
+
 _NOTABLE = 1.0
 """Seconds that a step may take without a word about it."""
+
+
+@contextmanager
+def told_to(teller: Callable[[str], None]) -> Iterator[None]:
+    """Have what this thread would show, while the block runs, told to somebody who shows it along with the others'."""
+    token = _teller.set(teller)
+    try:
+        yield
+    finally:
+        _teller.reset(token)
 
 
 @contextmanager
@@ -34,6 +47,10 @@ def step(what: str) -> Iterator[Callable[[str], None]]:
     :param what: what is being done, as in "booting the host in a box".
     :return: a function that shows a detail beside it, where there is a terminal to show it on.
     """
+    if teller := _teller.get():
+        teller(what)
+        yield lambda detail: None
+        return
     began = time.monotonic()
     if _console.is_terminal:
         name, more = TextColumn("{task.description}"), TextColumn("{task.fields[detail]}")
@@ -54,6 +71,9 @@ def step(what: str) -> Iterator[Callable[[str], None]]:
 
 def say(message: str) -> None:
     """Tell the user one thing that matters to them."""
+    if teller := _teller.get():
+        teller(message)
+        return
     _console.print(escape(message), soft_wrap=True)
 
 

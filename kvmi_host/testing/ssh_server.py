@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import threading
-from collections.abc import Container
+from collections.abc import Callable, Container
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import paramiko
 
@@ -21,6 +22,7 @@ class SshServer:
 
     :param key: the server's own.
     :param authorized: the public keys, as base64, that are let in; None: everyone's.
+    :ivar port: where it listens.
     :ivar asked_for: where clients wanted to be led to.
     """
 
@@ -29,14 +31,9 @@ class SshServer:
         self._key = key
         self._authorized = authorized
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
         self._transports: list[paramiko.Transport] = []
         threading.Thread(target=self._accept, daemon=True).start()
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        port: int = self._listener.getsockname()[1]
-        return port
 
     def __enter__(self) -> Self:
         return self
@@ -44,8 +41,17 @@ class SshServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
+        self.close()
+
+    def close(self) -> None:
+        """End every connection, and take no more. May be called again."""
+        with suppress(OSError):  # it was shut down before
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self.drop()
+
+    def drop(self) -> None:
+        """End every connection."""
         for transport in self._transports:
             transport.close()
 
@@ -101,11 +107,22 @@ class _Rules(paramiko.ServerInterface):
             return
         # To the end, which the client sends when it knows that the command was accepted.
         stdin = channel.makefile("rb").read()
-        done = subprocess.run(["/bin/sh", "-c", command], input=stdin, capture_output=True, check=False)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(["/bin/sh", "-c", command], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            streams = ((process.stdout, channel.sendall), (process.stderr, channel.sendall_stderr))
+            passing = [threading.Thread(target=_pass_output, args=stream) for stream in streams]
+            for thread in passing:
+                thread.start()
+            with suppress(BrokenPipeError):  # it need not read
+                process.stdin.write(stdin)
+                process.stdin.close()
+            for thread in passing:
+                thread.join()
         with suppress(OSError):  # the client may have gone
-            channel.sendall(done.stdout)
-            channel.sendall_stderr(done.stderr)
-            channel.send_exit_status(done.returncode)
+            channel.send_exit_status(process.returncode)
             channel.close()
 
     def _lead(self, onward: socket.socket) -> None:
@@ -113,6 +130,13 @@ class _Rules(paramiko.ServerInterface):
         assert channel is not None  # it was asked for
         threading.Thread(target=_pass, args=(channel, onward), daemon=True).start()
         _pass(onward, channel)
+
+
+def _pass_output(source: IO[bytes], send: Callable[[bytes], object]) -> None:
+    """Pass on what a program writes, as it comes; one whose reader has gone has its pipe closed."""
+    with source, suppress(OSError):
+        while piece := os.read(source.fileno(), 65536):
+            send(piece)
 
 
 def _pass(source: socket.socket | paramiko.Channel, to: socket.socket | paramiko.Channel) -> None:

@@ -7,10 +7,8 @@ Whatever a test does, the kernel must not complain: new lines of its log are loo
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Generator, Iterator
 from math import inf
-from pathlib import Path
 
 import pytest
 from _pytest.capture import CaptureManager
@@ -19,7 +17,6 @@ from kvmi_host.attach.policy import Allow
 from kvmi_host.attach.vmfd import VmHandle
 from kvmi_host.host.debug_kernel import locks_are_checked, lost_memory
 from kvmi_host.host.kernel_log import TROUBLE
-from kvmi_host.host.kvm import require_introspection
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import KvmiError
 from kvmi_host.testing import modules
@@ -27,6 +24,8 @@ from kvmi_host.testing.campaign import Campaign, Profile, Report
 from kvmi_host.testing.live import LiveGuest, SharedGuests, Walker, Wire, hook, hook_socket
 from kvmi_host.testing.modules import Paging
 from kvmi_host.testing.puppet import Puppet
+from kvmi_host.testing.rules import Host
+from kvmi_host.testing.under_test import host_under_test
 
 MODEWALK_VCPUS = 4
 PUPPET_VCPUS = 2
@@ -55,15 +54,12 @@ class KernelLog:
         return new
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the campaigns are, and how the host pages. What is drawn follows from the seed."""
-    group = parser.getgroup("campaigns")
-    group.addoption("--seed", type=int, default=1, help="of what is sent")
-    group.addoption("--messages", type=int, default=3000, help="that a fuzzed VM is sent at least")
-    group.addoption("--storm-seconds", type=float, default=15, help="that the storm goes on")
-    group.addoption("--storm-vcpus", type=int, default=8, help="of the VM in the storm")
-    kinds = [str(kind) for kind in Paging]
-    parser.addoption("--paging", choices=kinds, help="load KVM's modules anew, with that; default: leave them alone")
+def pytest_kvmi_host(config: pytest.Config) -> Host:
+    """This host, with KVM's modules loaded anew if that was asked for."""
+    if wanted := config.getoption("--paging"):
+        modules.unload()
+        modules.load(Paging(wanted))
+    return host_under_test()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -78,18 +74,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _host(record_testsuite_property: Callable[[str, object], None], pytestconfig: pytest.Config) -> None:
-    """The host, which must have introspection. What it is goes to the report."""
-    if wanted := pytestconfig.getoption("--paging"):
-        modules.unload()
-        modules.load(Paging(wanted))
-    require_introspection()
-    here = os.uname()
-    vendor = re.search(r"^vendor_id\s*: (\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    record_testsuite_property("host", os.environ.get("KVMI_HOST_NAME", here.nodename))
-    record_testsuite_property("kernel", here.release)
-    record_testsuite_property("paging", str(modules.paging()))
-    record_testsuite_property("cpu_vendor", vendor[1] if vendor else "unknown")
+def _host(record_testsuite_property: Callable[[str, object], None], host: Host) -> None:
+    """What the host is goes to the report."""
+    for name in ("name", "kernel", "paging", "cpu_vendor"):
+        record_testsuite_property("host" if name == "name" else name, getattr(host, name))
 
 
 @pytest.fixture(scope="session", autouse=True)

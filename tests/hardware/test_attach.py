@@ -217,6 +217,7 @@ def guest(quiet: LiveGuest, shared: SharedGuests) -> LiveGuest:
 # -- an introspector that listens
 
 
+@pytest.mark.rule("6.2", "6.4")
 def test_an_introspector_that_listens_gets_the_session_until_detach(
     guest: LiveGuest, command: Start, listening: Callable[..., tuple[str, Program]], cookie_file: str
 ) -> None:
@@ -230,6 +231,7 @@ def test_an_introspector_that_listens_gets_the_session_until_detach(
     guest.goes_on()
 
 
+@pytest.mark.rule("6.3")
 def test_an_introspector_with_another_secret_gets_nothing(
     guest: LiveGuest, command: Start, listening: Callable[..., tuple[str, Program]], cookie_file: str
 ) -> None:
@@ -240,6 +242,7 @@ def test_an_introspector_with_another_secret_gets_nothing(
     attach(guest.name, timeout=DEADLINE).close()
 
 
+@pytest.mark.rule("1.1")
 def test_a_hooked_vm_is_refused_before_the_introspector_is_told(
     guest: LiveGuest, command: Start, tmp_path: Path
 ) -> None:
@@ -281,6 +284,7 @@ def test_detach_from_another_terminal_ends_the_built_in_agent(guest: LiveGuest, 
     assert agent.finish() == (0, "")
 
 
+@pytest.mark.rule("1.1")
 def test_attaching_twice_is_refused_and_the_first_session_goes_on(guest: LiveGuest, command: Start) -> None:
     agent = command("attach", guest.name, "--events", "hypercall", "--json")
     assert "session" in agent.object()
@@ -326,6 +330,7 @@ def domain() -> Iterator[str]:
         connection.close()
 
 
+@pytest.mark.rule("6.1")
 @pytest.mark.libvirt
 def test_an_introspector_that_listens_is_told_uuid_name_and_start_time(
     domain: str, command: Start, listening: Callable[..., tuple[str, Program]]

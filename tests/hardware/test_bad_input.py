@@ -38,7 +38,18 @@ def refusal(session: Session, command: int, payload: bytes, vcpu: int | None = N
     return refused.value.code
 
 
-@pytest.mark.parametrize("number", [12, 22, 24, 25, 26, 28, 30, 63, 255, 65535])
+NOT_SERVED = {12: "3.15", 22: "3.40", **dict.fromkeys((24, 25, 26), "3.42")}
+"""With its rule: that of commands which the dialect has, and we have not."""
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(pytest.param(number, marks=pytest.mark.rule(rule)) for number, rule in NOT_SERVED.items()),
+        *(pytest.param(number, marks=pytest.mark.rule("2.9", "2.5")) for number in (30, 255, 65535)),
+        *(pytest.param(number, marks=pytest.mark.rule("7.6")) for number in (28, 63)),
+    ],
+)
 @pytest.mark.parametrize("size", [0, 5, 8184])
 def test_an_unknown_command_is_refused_and_its_payload_passed_over(session: Session, number: int, size: int) -> None:
     assert refusal(session, number, bytes(size)) == ErrorCode.EOPNOTSUPP
@@ -46,6 +57,7 @@ def test_an_unknown_command_is_refused_and_its_payload_passed_over(session: Sess
     assert session.get_version().version == 1
 
 
+@pytest.mark.rule("2.10")
 def test_a_command_that_the_host_has_not_allowed_is_refused(guest: LiveGuest, hooked: Callable[..., Session]) -> None:
     session = hooked(guest, allow="get-guest-info")
     assert session.guest_info() == guest.vcpus
@@ -55,57 +67,76 @@ def test_a_command_that_the_host_has_not_allowed_is_refused(guest: LiveGuest, ho
     assert session.get_version().version == 1
 
 
+@pytest.mark.rule("2.13")
 @pytest.mark.parametrize("command", VCPU_COMMANDS)
 @pytest.mark.parametrize("vcpu", [4, 1024, 65535])
 def test_a_vcpu_index_out_of_range_is_refused(session: Session, command: Command, vcpu: int) -> None:
     assert refusal(session, command, bytes(VCPU_COMMANDS[command]), vcpu) == ErrorCode.EINVAL
 
 
-BAD_FIELDS = [
-    (Command.CHECK_COMMAND, struct.pack("<HHI", 2, 1, 0), None),
-    (Command.CHECK_COMMAND, struct.pack("<HHI", 2, 0, 1), None),
-    (Command.CHECK_EVENT, struct.pack("<HHI", 2, 1, 0), None),
-    (Command.PAUSE_VCPU, struct.pack("<BBHI", 2, 0, 0, 0), 0),
-    (Command.PAUSE_VCPU, struct.pack("<BBHI", 0, 1, 0, 0), 0),
-    (Command.PAUSE_VCPU, struct.pack("<BBHI", 0, 0, 1, 0), 0),
-    (Command.PAUSE_VCPU, struct.pack("<BBHI", 0, 0, 0, 1), 0),
-    (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", EventId.UNHOOK, 2, 0, 0), None),
-    (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", EventId.UNHOOK, 1, 1, 0), None),
-    (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", EventId.UNHOOK, 1, 0, 1), None),
-    (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", EventId.CR, 1, 0, 0), None),
-    (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", 999, 1, 0, 0), None),
-    (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.CR, 2, 0, 0), 0),
-    (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.CR, 1, 1, 0), 0),
-    (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.CR, 1, 0, 1), 0),
-    (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.UNHOOK, 1, 0, 0), 0),
-    (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.CREATE_VCPU, 1, 0, 0), 0),
-    (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.PAUSE_VCPU, 0, 0, 0), 0),
-    (Command.CONTROL_EVENTS, struct.pack("<HBBI", 12, 1, 0, 0), 0),
-    (Command.CONTROL_CR, struct.pack("<BBHI", 2, 0, 0, 3), 0),
-    (Command.CONTROL_CR, struct.pack("<BBHI", 1, 1, 0, 3), 0),
-    (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 1, 3), 0),
-    (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 2), 0),
-    (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 8), 0),
-    (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 0xFFFFFFFF), 0),
-    (Command.CONTROL_MSR, struct.pack("<BBHI", 2, 0, 0, 0x174), 0),
-    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 1, 0, 0x174), 0),
-    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 1, 0x174), 0),
-    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0x2000), 0),
-    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xBFFFFFFF), 0),
-    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xC0002000), 0),
-    (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xFFFFFFFF), 0),
-    (Command.GET_REGISTERS, struct.pack("<HHI", 0, 1, 0), 0),
-    (Command.GET_REGISTERS, struct.pack("<HHI", 0, 0, 1), 0),
-    (Command.GET_REGISTERS, struct.pack("<HHI", 2, 0, 0) + bytes(4), 0),
-    (Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", 2, 0, 0, 0), None),
-    (Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", 1, 2, 0, 0), None),
-    (Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", 1, 1, 1, 0), None),
-    (Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", 1, 1, 0, 1), None),
-]
+BAD_FIELDS = {
+    # by rule
+    "2.15": [
+        (Command.CHECK_COMMAND, struct.pack("<HHI", 2, 1, 0), None),
+        (Command.CHECK_COMMAND, struct.pack("<HHI", 2, 0, 1), None),
+        (Command.CHECK_EVENT, struct.pack("<HHI", 2, 1, 0), None),
+        (Command.PAUSE_VCPU, struct.pack("<BBHI", 2, 0, 0, 0), 0),
+        (Command.PAUSE_VCPU, struct.pack("<BBHI", 0, 1, 0, 0), 0),
+        (Command.PAUSE_VCPU, struct.pack("<BBHI", 0, 0, 1, 0), 0),
+        (Command.PAUSE_VCPU, struct.pack("<BBHI", 0, 0, 0, 1), 0),
+        (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", EventId.UNHOOK, 2, 0, 0), None),
+        (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", EventId.UNHOOK, 1, 1, 0), None),
+        (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", EventId.UNHOOK, 1, 0, 1), None),
+        (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.CR, 2, 0, 0), 0),
+        (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.CR, 1, 1, 0), 0),
+        (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.CR, 1, 0, 1), 0),
+        (Command.CONTROL_CR, struct.pack("<BBHI", 2, 0, 0, 3), 0),
+        (Command.CONTROL_CR, struct.pack("<BBHI", 1, 1, 0, 3), 0),
+        (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 1, 3), 0),
+        (Command.CONTROL_MSR, struct.pack("<BBHI", 2, 0, 0, 0x174), 0),
+        (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 1, 0, 0x174), 0),
+        (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 1, 0x174), 0),
+        (Command.GET_REGISTERS, struct.pack("<HHI", 0, 1, 0), 0),
+        (Command.GET_REGISTERS, struct.pack("<HHI", 0, 0, 1), 0),
+        (Command.GET_REGISTERS, struct.pack("<HHI", 2, 0, 0) + bytes(4), 0),
+        (Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", 2, 0, 0, 0), None),
+        (Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", 1, 2, 0, 0), None),
+        (Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", 1, 1, 1, 0), None),
+        (Command.CONTROL_CMD_RESPONSE, struct.pack("<BBHI", 1, 1, 0, 1), None),
+    ],
+    "3.10": [
+        (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", EventId.CR, 1, 0, 0), None),
+        (Command.CONTROL_VM_EVENTS, struct.pack("<HBBI", 999, 1, 0, 0), None),
+    ],
+    "3.11": [
+        (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.UNHOOK, 1, 0, 0), 0),
+        (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.CREATE_VCPU, 1, 0, 0), 0),
+        (Command.CONTROL_EVENTS, struct.pack("<HBBI", 12, 1, 0, 0), 0),
+    ],
+    "4.36": [
+        (Command.CONTROL_EVENTS, struct.pack("<HBBI", EventId.PAUSE_VCPU, 0, 0, 0), 0),
+    ],
+    "3.13": [
+        (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 2), 0),
+        (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 8), 0),
+        (Command.CONTROL_CR, struct.pack("<BBHI", 1, 0, 0, 0xFFFFFFFF), 0),
+    ],
+    "3.14": [
+        (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0x2000), 0),
+        (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xBFFFFFFF), 0),
+        (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xC0002000), 0),
+        (Command.CONTROL_MSR, struct.pack("<BBHI", 1, 0, 0, 0xFFFFFFFF), 0),
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    ("command", "payload", "vcpu"), BAD_FIELDS, ids=[f"{c.name.lower()}-{p.hex()}" for c, p, _ in BAD_FIELDS]
+    ("command", "payload", "vcpu"),
+    [
+        pytest.param(command, payload, vcpu, id=f"{command.name.lower()}-{payload.hex()}", marks=pytest.mark.rule(rule))
+        for rule, fields in BAD_FIELDS.items()
+        for command, payload, vcpu in fields
+    ],
 )
 def test_a_bad_field_is_refused(session: Session, command: int, payload: bytes, vcpu: int | None) -> None:
     assert refusal(session, command, payload, vcpu) == ErrorCode.EINVAL
@@ -113,6 +144,7 @@ def test_a_bad_field_is_refused(session: Session, command: int, payload: bytes, 
     assert session.get_version().version == 1
 
 
+@pytest.mark.rule("2.14")
 @pytest.mark.parametrize(
     ("command", "size", "vcpu"),
     [(c, size, 0) for c, size in VCPU_COMMANDS.items() if size]
@@ -139,29 +171,50 @@ def header(number: int, size: int, seq: int = 1) -> bytes:
 
 
 FATAL = {
-    "a size over the limit": header(Command.GET_VERSION, 8185) + bytes(8185),
-    "the largest size": header(Command.GET_VERSION, 65535),
-    "padding1 of the vcpu header": header(Command.GET_VCPU_INFO, 8) + struct.pack("<HHI", 0, 1, 0),
-    "padding2 of the vcpu header": header(Command.GET_VCPU_INFO, 8) + struct.pack("<HHI", 0, 0, 1),
-    "no vcpu header": header(Command.GET_VCPU_INFO, 0),
-    "half a vcpu header": header(Command.GET_VCPU_INFO, 4) + bytes(4),
-    "a read that leaves its page": header(Command.READ_PHYSICAL, 16) + struct.pack("<QQ", 0x1FFF, 2),
-    "a read of nothing": header(Command.READ_PHYSICAL, 16) + struct.pack("<QQ", 0x1000, 0),
-    "a read of more than a page": header(Command.READ_PHYSICAL, 16) + struct.pack("<QQ", 0x1000, 4097),
-    "a read whose end wraps": header(Command.READ_PHYSICAL, 16) + struct.pack("<QQ", 0x1001, 2**64 - 1),
-    "a write that leaves its page": header(Command.WRITE_PHYSICAL, 18) + struct.pack("<QQ", 0x1FFF, 2) + b"xx",
-    "a write without its data": header(Command.WRITE_PHYSICAL, 17) + struct.pack("<QQ", 0x1000, 2) + b"x",
-    "a reply that nobody waits for": header(Command.EVENT_REPLY, 16) + bytes(16),
+    # by rule
+    "2.4": {
+        "a size over the limit": header(Command.GET_VERSION, 8185) + bytes(8185),
+        "the largest size": header(Command.GET_VERSION, 65535),
+    },
+    "2.12": {
+        "padding1 of the vcpu header": header(Command.GET_VCPU_INFO, 8) + struct.pack("<HHI", 0, 1, 0),
+        "padding2 of the vcpu header": header(Command.GET_VCPU_INFO, 8) + struct.pack("<HHI", 0, 0, 1),
+    },
+    "2.11": {
+        "no vcpu header": header(Command.GET_VCPU_INFO, 0),
+        "half a vcpu header": header(Command.GET_VCPU_INFO, 4) + bytes(4),
+    },
+    "3.26": {
+        "a read that leaves its page": header(Command.READ_PHYSICAL, 16) + struct.pack("<QQ", 0x1FFF, 2),
+        "a read of nothing": header(Command.READ_PHYSICAL, 16) + struct.pack("<QQ", 0x1000, 0),
+        "a read of more than a page": header(Command.READ_PHYSICAL, 16) + struct.pack("<QQ", 0x1000, 4097),
+        "a read whose end wraps": header(Command.READ_PHYSICAL, 16) + struct.pack("<QQ", 0x1001, 2**64 - 1),
+    },
+    "3.29": {
+        "a write that leaves its page": header(Command.WRITE_PHYSICAL, 18) + struct.pack("<QQ", 0x1FFF, 2) + b"xx",
+        "a write without its data": header(Command.WRITE_PHYSICAL, 17) + struct.pack("<QQ", 0x1000, 2) + b"x",
+    },
+    "2.16": {
+        "a reply that nobody waits for": header(Command.EVENT_REPLY, 16) + bytes(16),
+    },
 }
 
 
-@pytest.mark.parametrize("data", FATAL.values(), ids=FATAL)
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(data, id=name, marks=pytest.mark.rule("2.8", rule))
+        for rule, messages in FATAL.items()
+        for name, data in messages.items()
+    ],
+)
 def test_a_message_that_is_none_ends_the_session(session: Session, guest: LiveGuest, data: bytes) -> None:
     session.send_raw(data)
     await_end(session)
     guest.goes_on()
 
 
+@pytest.mark.rule("2.17")
 @pytest.mark.parametrize("seed", range(5))
 def test_garbage_leaves_the_guest_alone(guest: LiveGuest, hooked: Callable[..., Session], seed: int) -> None:
     session = hooked(guest, allow="observe")
@@ -170,6 +223,7 @@ def test_garbage_leaves_the_guest_alone(guest: LiveGuest, hooked: Callable[..., 
     guest.goes_on()
 
 
+@pytest.mark.rule("2.6")
 @pytest.mark.parametrize("sent", [1, 7, 8, 12])
 def test_an_introspector_that_dies_within_a_message_ends_its_session(
     guest: LiveGuest, hooked: Callable[..., Session], sent: int
@@ -181,6 +235,7 @@ def test_an_introspector_that_dies_within_a_message_ends_its_session(
     guest.goes_on()
 
 
+@pytest.mark.rule("2.7")
 def test_an_introspector_that_stops_within_a_message_does_not_stop_the_guest(wire: Wire, guest: LiveGuest) -> None:
     message = header(Command.CHECK_COMMAND, 8, seq=7) + struct.pack("<HHI", Command.GET_VERSION, 0, 0)
     wire.send_raw(message[:12])
@@ -189,6 +244,7 @@ def test_an_introspector_that_stops_within_a_message_does_not_stop_the_guest(wir
     assert wire.receive() == (Command.CHECK_COMMAND, 7, bytes(8))
 
 
+@pytest.mark.rule("2.24")
 def test_an_introspector_that_does_not_read_can_be_unhooked_by_force(
     session: Session, guest: LiveGuest, handle: VmHandle
 ) -> None:

@@ -33,35 +33,42 @@ def code(refused: pytest.ExceptionInfo[CommandError]) -> int:
     return refused.value.code
 
 
+@pytest.mark.rule("3.1")
 def test_get_version_answers_version_1_of_dialect_v6(session: Session) -> None:
     version = session.get_version()
     assert (version.version, version.dialect) == (1, "v6")
 
 
+@pytest.mark.rule("3.4")
 def test_get_guest_info_counts_the_vcpus(session: Session, guest: LiveGuest) -> None:
     assert session.guest_info() == guest.vcpus
 
 
+@pytest.mark.rule("3.5")
 def test_get_vcpu_info_tells_the_tsc_frequency(session: Session) -> None:
     assert 10**8 < session.vcpu_info(0) < 10**11
 
 
+@pytest.mark.rule("5.6")
 def test_all_allows_what_is_served_and_no_more(session: Session) -> None:
     assert {n for n in range(40) if session.check_command(n)} == SERVED
     assert {n for n in range(20) if session.check_event(n)} == EVENTS_SERVED
 
 
+@pytest.mark.rule("3.43")
 def test_get_max_gfn_is_the_highest_frame_of_a_memory_slot(session: Session) -> None:
     # QEMU maps the firmware up to 4 GiB.
     assert session.max_gfn() == 2**32 // PAGE - 1
 
 
+@pytest.mark.rule("3.24")
 def test_read_physical_reads_the_guests_memory(session: Session, guest: LiveGuest) -> None:
     header = Header.unpack(session.read_physical(CONTROL_ADDRESS, 16))
     assert header.ready
     assert header.online == guest.vcpus
 
 
+@pytest.mark.rule("3.27")
 def test_write_physical_writes_the_guests_memory(session: Session) -> None:
     data = bytes(range(256)) * 16
     session.write_physical(0x300000, data)
@@ -70,6 +77,7 @@ def test_write_physical_writes_the_guests_memory(session: Session) -> None:
     assert session.read_physical(0x300000 + 4, 5) == b"\x04xyz\x08"
 
 
+@pytest.mark.rule("3.25")
 @pytest.mark.parametrize("gpa", [0x8000000, 1 << 40, (1 << 64) - PAGE], ids=hex)
 def test_read_physical_refuses_what_is_no_memory(session: Session, gpa: int) -> None:
     with pytest.raises(CommandError) as refused:
@@ -77,6 +85,7 @@ def test_read_physical_refuses_what_is_no_memory(session: Session, gpa: int) -> 
     assert code(refused) == ErrorCode.EINVAL
 
 
+@pytest.mark.rule("3.28")
 def test_write_physical_refuses_read_only_memory(session: Session) -> None:
     with pytest.raises(CommandError) as refused:
         session.write_physical(0xFFFFF000, b"\0")
@@ -84,6 +93,7 @@ def test_write_physical_refuses_read_only_memory(session: Session) -> None:
     assert session.read_physical(0xFFFFFFF0, 1) != b"\0"
 
 
+@pytest.mark.rule("3.16", "4.70")
 def test_get_registers_agrees_with_the_event_of_the_same_stop(walker: Walker) -> None:
     walker.hold(0, Station.LONG64, Actions.HYPERCALL)
     walker.enable(EventId.HYPERCALL, 0)
@@ -97,12 +107,14 @@ def test_get_registers_agrees_with_the_event_of_the_same_stop(walker: Walker) ->
     assert event.msrs.efer == event.sregs.efer
 
 
+@pytest.mark.rule("3.17")
 def test_get_registers_refuses_an_msr_that_there_is_not(session: Session) -> None:
     with pytest.raises(CommandError) as refused:
         session.get_registers(0, [0xDEAD])
     assert code(refused) == ErrorCode.EINVAL
 
 
+@pytest.mark.rule("3.17")
 def test_get_registers_refuses_more_msrs_than_an_answer_holds(session: Session) -> None:
     with pytest.raises(CommandError) as refused:
         session.get_registers(0, [MSR_EFER] * 490)
@@ -110,6 +122,7 @@ def test_get_registers_refuses_more_msrs_than_an_answer_holds(session: Session) 
     assert set(session.get_registers(0, [MSR_EFER] * 470).msrs) == {MSR_EFER}
 
 
+@pytest.mark.rule("3.19")
 def test_set_registers_without_a_pending_event_is_dropped_with_success(walker: Walker) -> None:
     walker.hold(0, Station.LONG64)
     registers = walker.session.get_registers(0).registers
@@ -117,6 +130,7 @@ def test_set_registers_without_a_pending_event_is_dropped_with_success(walker: W
     walker.advances(0)
 
 
+@pytest.mark.rule("4.15")
 def test_the_guest_gets_zero_from_its_hypercall(walker: Walker) -> None:
     walker.hold(0, Station.LONG64, Actions.HYPERCALL)
     assert walker.record(0).result == struct.unpack("<I", struct.pack("<i", -1000))[0]
@@ -127,6 +141,7 @@ def test_the_guest_gets_zero_from_its_hypercall(walker: Walker) -> None:
     walker.session.reply(event)
 
 
+@pytest.mark.rule("4.34", "4.35")
 def test_an_event_that_is_off_is_not_sent(walker: Walker) -> None:
     walker.hold(0, Station.LONG64)
     walker.hold(1, Station.LONG64)
@@ -136,6 +151,7 @@ def test_an_event_that_is_off_is_not_sent(walker: Walker) -> None:
     assert kinds == {(0, EventId.HYPERCALL, None), (1, EventId.CR, 4)}
 
 
+@pytest.mark.rule("4.4")
 @pytest.mark.parametrize("cr", [0, 3, 4])
 def test_control_cr_alone_or_the_event_alone_brings_no_event(walker: Walker, cr: int) -> None:
     walker.hold(0, Station.LONG64)
@@ -153,6 +169,7 @@ def test_control_cr_alone_or_the_event_alone_brings_no_event(walker: Walker, cr:
     assert walker.session.waiting == 0
 
 
+@pytest.mark.rule("3.6")
 def test_pause_owes_one_event_for_each_command(walker: Walker) -> None:
     for _ in range(5):
         walker.session.pause_vcpu(0)
@@ -161,6 +178,7 @@ def test_pause_owes_one_event_for_each_command(walker: Walker) -> None:
     assert walker.session.waiting == 0
 
 
+@pytest.mark.rule("3.9")
 def test_pause_with_wait_finds_the_vcpu_out_of_the_guest(walker: Walker) -> None:
     walker.hold(0, Station.LONG64)
     walker.session.pause_vcpu(0, wait=True)
@@ -170,6 +188,7 @@ def test_pause_with_wait_finds_the_vcpu_out_of_the_guest(walker: Walker) -> None
     walker.session.reply(event)
 
 
+@pytest.mark.rule("3.7")
 def test_more_pauses_than_a_vcpu_may_owe_are_refused(walker: Walker) -> None:
     walker.enable(EventId.HYPERCALL, 0)
     event = walker.event()
@@ -183,6 +202,7 @@ def test_more_pauses_than_a_vcpu_may_owe_are_refused(walker: Walker) -> None:
     assert {paused.event for paused in walker.answered(1000)} == {EventId.PAUSE_VCPU}
 
 
+@pytest.mark.rule("3.8")
 def test_pause_needs_its_event_to_be_allowed(guest: LiveGuest, hooked: Callable[..., Session]) -> None:
     session = hooked(guest, allow="pause-vcpu,event:cr")
     with pytest.raises(CommandError) as refused:
@@ -190,6 +210,7 @@ def test_pause_needs_its_event_to_be_allowed(guest: LiveGuest, hooked: Callable[
     assert code(refused) == ErrorCode.EPERM
 
 
+@pytest.mark.rule("3.49")
 def test_a_vcpu_at_home_wakes_up_for_commands_and_sleeps_on(walker: Walker) -> None:
     for _ in range(20):
         walker.session.get_registers(0)
@@ -199,6 +220,7 @@ def test_a_vcpu_at_home_wakes_up_for_commands_and_sleeps_on(walker: Walker) -> N
     walker.advances(0)
 
 
+@pytest.mark.rule("3.48", "2.1")
 def test_commands_are_answered_in_their_order(wire: Wire) -> None:
     sent = list(range(1000, 1200))
     for seq in sent:
@@ -206,6 +228,7 @@ def test_commands_are_answered_in_their_order(wire: Wire) -> None:
     assert [wire.receive().seq for _ in sent] == sent
 
 
+@pytest.mark.rule("3.50")
 def test_a_vcpu_that_is_sent_more_than_it_can_queue_leaves_no_command_unanswered(wire: Wire) -> None:
     with ThreadPoolExecutor() as pool:
         answers = pool.submit(lambda: [wire.receive() for _ in range(5000)])

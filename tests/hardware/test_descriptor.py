@@ -66,6 +66,7 @@ def off(puppet: Puppet) -> Puppet:
     return puppet
 
 
+@pytest.mark.rule("4.30", "4.74")
 @each
 def test_a_write_is_an_event_and_made(watched: Puppet, descriptor: Descriptor) -> None:
     register = REGISTERS[descriptor]
@@ -77,6 +78,7 @@ def test_a_write_is_an_event_and_made(watched: Puppet, descriptor: Descriptor) -
     assert register.read(off(watched)) == value
 
 
+@pytest.mark.rule("4.30")
 @each
 def test_a_read_is_an_event_and_made(watched: Puppet, descriptor: Descriptor) -> None:
     register = REGISTERS[descriptor]
@@ -90,6 +92,7 @@ def test_a_read_is_an_event_and_made(watched: Puppet, descriptor: Descriptor) ->
     assert (stored if register.in_memory else result.registers.rax) == before
 
 
+@pytest.mark.rule("4.30", "4.75")
 @each
 def test_a_register_keeps_its_value_until_the_reply(watched: Puppet, descriptor: Descriptor) -> None:
     register = REGISTERS[descriptor]
@@ -105,6 +108,7 @@ def test_a_register_keeps_its_value_until_the_reply(watched: Puppet, descriptor:
     assert getattr(watched.session.get_registers(0).sregs, fields[descriptor]) != values[0]
 
 
+@pytest.mark.rule("4.31")
 @each
 @pytest.mark.parametrize("kind", ["load", "store"])
 def test_retry_behind_it_passes_it_over(watched: Puppet, descriptor: Descriptor, kind: str) -> None:
@@ -127,6 +131,7 @@ def test_retry_behind_it_passes_it_over(watched: Puppet, descriptor: Descriptor,
         assert watched.session.read_physical(page(1), PAGE) == bytes(PAGE)
 
 
+@pytest.mark.rule("4.31")
 @each
 def test_retry_alone_meets_it_again(watched: Puppet, descriptor: Descriptor) -> None:
     register = REGISTERS[descriptor]
@@ -141,6 +146,7 @@ def test_retry_alone_meets_it_again(watched: Puppet, descriptor: Descriptor) -> 
     assert register.read(off(watched)) == value
 
 
+@pytest.mark.rule("4.34")
 @each
 def test_switched_off_there_is_no_event(watched: Puppet, descriptor: Descriptor) -> None:
     register = REGISTERS[descriptor]
@@ -149,6 +155,7 @@ def test_switched_off_there_is_no_event(watched: Puppet, descriptor: Descriptor)
     assert register.read(watched) == value
 
 
+@pytest.mark.rule("4.11")
 @pytest.mark.parametrize("descriptor", [Descriptor.IDTR, Descriptor.GDTR], ids=["idtr", "gdtr"])
 def test_loading_what_is_loaded_already_is_no_event(watched: Puppet, descriptor: Descriptor) -> None:
     register = REGISTERS[descriptor]
@@ -157,12 +164,14 @@ def test_loading_what_is_loaded_already_is_no_event(watched: Puppet, descriptor:
     watched.run(0, register.load, **operand)
 
 
+@pytest.mark.rule("4.35")
 def test_another_vcpu_is_not_watched(watched: Puppet) -> None:
     watched.run(1, "lidt", rsi=address("other_idtr"))
     watched.run(1, "sidt", rsi=page(0))
     watched.run(1, "lidt", rsi=address("idtr"))
 
 
+@pytest.mark.rule("4.30")
 def test_a_fault_of_the_instruction_is_the_guests_as_ever(watched: Puppet) -> None:
     general_protection, nowhere = 13, 0xFFF8
     events, result = watched.watch(0, "ltr", rax=nowhere)
@@ -171,6 +180,7 @@ def test_a_fault_of_the_instruction_is_the_guests_as_ever(watched: Puppet) -> No
     assert result.rip == address("ltr")
 
 
+@pytest.mark.rule("4.30")
 def test_every_round_of_a_loop_is_an_event(watched: Puppet) -> None:
     events, _ = watched.watch(0, "loop_lidt", rsi=address("other_idtr"), rdi=address("idtr"), r15=20)
     assert [event.data for event in events] == [DescriptorAccess(Descriptor.IDTR, 1)] * 20

@@ -16,7 +16,8 @@ from kvmi_host.testing.differential import LiveSide, Script, SimulatedSide, disa
 from kvmi_host.testing.live import SharedGuests
 from kvmi_host.testing.puppet import page
 
-pytestmark = pytest.mark.hardware
+# The simulated kernel has what ours has.
+pytestmark = [pytest.mark.hardware, pytest.mark.needs("observing sessions")]
 
 DRAWN = 20
 NAMES = tuple(written(0))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.hardware
 MIB = 1024
 
 
+@pytest.mark.rule("2.17", "2.3")
 @pytest.mark.parametrize("profile", [Profile.HARMLESS, Profile.ANYTHING])
 def test_the_host_comes_through_whatever_it_is_sent(
     campaign: Callable[..., Report], pytestconfig: pytest.Config, profile: Profile
@@ -28,6 +29,7 @@ def test_the_host_comes_through_whatever_it_is_sent(
     left_nothing_behind(report)
 
 
+@pytest.mark.rule("4.81")
 def test_a_storm_of_events_on_every_vcpu_ends_no_session(
     campaign: Callable[..., Report], pytestconfig: pytest.Config
 ) -> None:

@@ -18,7 +18,7 @@ from kvmi_host.testing.live import DEADLINE, SharedGuests
 
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
 
-GUIDE = Path(__file__).parents[2] / "docs/operating.md"
+GUIDE = Path(__file__).with_name("operating.md")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```\n(?:```\n(.*?)^```\n)?", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
 MARK = "== block"
 

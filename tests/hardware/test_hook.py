@@ -40,12 +40,14 @@ def parameter(value: str) -> Iterator[None]:
         path.write_text(before)
 
 
+@pytest.mark.rule("5.2")
 @pytest.mark.parametrize("capability", [180, 999])
 def test_the_capability_answers_version_1(capability: int) -> None:
     with open("/dev/kvm", "rb") as device:
         assert ioctl(device, kvm.KVM_CHECK_EXTENSION, capability) == 1
 
 
+@pytest.mark.rule("5.3")
 def test_switched_off_there_is_no_capability_and_no_hook(guest: LiveGuest) -> None:
     with parameter("0"):
         with pytest.raises(HostError, match="switched off"):
@@ -55,6 +57,7 @@ def test_switched_off_there_is_no_capability_and_no_hook(guest: LiveGuest) -> No
     attach(guest.name).close()
 
 
+@pytest.mark.rule("5.5")
 def test_before_anything_is_allowed_only_three_commands_are(guest: LiveGuest, handle: VmHandle) -> None:
     ours, kernels = socket.socketpair()
     with kernels:
@@ -65,6 +68,7 @@ def test_before_anything_is_allowed_only_three_commands_are(guest: LiveGuest, ha
         assert not any(session.check_event(event) for event in EventId)
 
 
+@pytest.mark.rule("5.6")
 def test_what_is_allowed_can_be_taken_back(session: Session, handle: VmHandle) -> None:
     kvm.allow_command(handle._fd, Command.GET_MAX_GFN, allow=False)
     assert not session.check_command(Command.GET_MAX_GFN)
@@ -75,6 +79,7 @@ def test_what_is_allowed_can_be_taken_back(session: Session, handle: VmHandle) -
     assert session.check_command(Command.GET_VERSION)
 
 
+@pytest.mark.rule("5.7")
 @pytest.mark.parametrize(
     ("request_number", "number", "error"),
     [
@@ -92,17 +97,20 @@ def test_what_there_is_not_cannot_be_allowed(
     assert refused.value.errno == error
 
 
+@pytest.mark.rule("1.1")
 def test_a_hooked_vm_cannot_be_hooked_again(session: Session, guest: LiveGuest) -> None:
     with pytest.raises(AlreadyHooked):
         attach(guest.name)
     assert session.get_version().version == 1
 
 
+@pytest.mark.rule("5.18")
 def test_a_vm_whose_introspector_has_closed_can_be_hooked_at_once(guest: LiveGuest) -> None:
     for _ in range(20):
         attach(guest.name, timeout=DEADLINE).close()
 
 
+@pytest.mark.rule("5.4")
 @pytest.mark.parametrize("kind", ["datagram", "file", "closed", "unconnected"])
 def test_only_a_connected_stream_socket_will_do(handle: VmHandle, kind: str) -> None:
     pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -114,12 +122,14 @@ def test_only_a_connected_stream_socket_will_do(handle: VmHandle, kind: str) -> 
     assert refused.value.errno == (errno.ENOTCONN if kind == "unconnected" else errno.EINVAL)
 
 
+@pytest.mark.rule("5.8")
 @pytest.mark.parametrize("call", [kvm.unhook, kvm.unhook_force, kvm.allow_command, kvm.allow_event])
 def test_a_vm_that_is_not_hooked_is_refused(guest: LiveGuest, call: Callable[[int], None]) -> None:
     with VmHandle(guest.pid) as handle, pytest.raises(OSError, match="Bad address"):
         call(handle._fd)
 
 
+@pytest.mark.rule("5.12")
 def test_another_process_needs_cap_sys_admin(handle: VmHandle) -> None:
     child = os.fork()
     if child == 0:
@@ -133,17 +143,20 @@ def test_another_process_needs_cap_sys_admin(handle: VmHandle) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EPERM
 
 
+@pytest.mark.rule("5.13")
 def test_other_ioctls_of_a_duplicate_are_refused_as_ever(handle: VmHandle) -> None:
     create_vcpu = 0xAE41
     with pytest.raises(OSError, match="Input/output error"):
         ioctl(handle._fd, create_vcpu, 99)
 
 
+@pytest.mark.rule("5.10")
 def test_unhook_that_nobody_asked_for_is_refused(session: Session, handle: VmHandle) -> None:
     assert handle.unhook_request() is False
     assert session.get_version().version == 1
 
 
+@pytest.mark.rule("5.9", "4.2")
 def test_unhook_sends_its_event_and_leaves_the_session_to_the_introspector(session: Session, handle: VmHandle) -> None:
     session.control_vm_events(EventId.UNHOOK, True)
     assert handle.unhook_request() is True
@@ -156,6 +169,7 @@ def test_unhook_sends_its_event_and_leaves_the_session_to_the_introspector(sessi
         pass
 
 
+@pytest.mark.rule("5.11")
 def test_a_forced_unhook_ends_the_session_and_the_waiting_vcpu_goes_on(
     guest: LiveGuest, walker: Walker, handle: VmHandle
 ) -> None:

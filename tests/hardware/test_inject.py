@@ -59,6 +59,7 @@ def ended(puppet: Puppet) -> None:
     assert puppet.finish(0).exceptions == 0
 
 
+@pytest.mark.rule("3.30")
 @each
 def test_the_guest_takes_the_exception(
     spinning: Puppet, vector: int, error_code: int | None, linear: int, kind: int
@@ -73,6 +74,7 @@ def test_the_guest_takes_the_exception(
     assert vector != PF or result.cr2 == linear
 
 
+@pytest.mark.rule("4.27")
 @each
 def test_a_trap_event_says_what_is_injected(
     spinning: Puppet, vector: int, error_code: int | None, linear: int, kind: int
@@ -93,12 +95,14 @@ def test_a_trap_event_says_what_is_injected(
     assert (result.exceptions, result.vector) == (1, vector)
 
 
+@pytest.mark.rule("4.29")
 def test_an_exception_of_the_guests_own_is_no_trap(puppet: Puppet) -> None:
     puppet.session.control_events(0, EventId.TRAP, True)
     for snippet in ("ud2", "int3", "divide"):
         assert puppet.run(0, snippet).exceptions == 1
 
 
+@pytest.mark.rule("3.31")
 def test_one_at_a_time(spinning: Puppet) -> None:
     session = spinning.session
     session.pause_vcpu(0)
@@ -112,6 +116,7 @@ def test_one_at_a_time(spinning: Puppet) -> None:
     assert (result.exceptions, result.vector) == (1, UD)
 
 
+@pytest.mark.rule("3.30")
 def test_after_one_comes_another(puppet: Puppet) -> None:
     for vector, error_code in ((UD, None), (GP, 8), (UD, None)):
         puppet.start(0, "spin")
@@ -121,6 +126,7 @@ def test_after_one_comes_another(puppet: Puppet) -> None:
         assert (result.exceptions, result.vector) == (1, vector)
 
 
+@pytest.mark.rule("3.30")
 def test_it_comes_where_an_event_has_stopped_the_vcpu(puppet: Puppet) -> None:
     session = puppet.session
     session.control_events(0, EventId.HYPERCALL, True)
@@ -132,6 +138,7 @@ def test_it_comes_where_an_event_has_stopped_the_vcpu(puppet: Puppet) -> None:
     assert (result.exceptions, result.vector, result.error_code) == (1, GP, 0x10)
 
 
+@pytest.mark.rule("4.28")
 def test_one_that_another_replaces_is_told_as_what_came(puppet: Puppet) -> None:
     session = puppet.session
     for event in (EventId.TRAP, EventId.CR):
@@ -150,6 +157,7 @@ def test_one_that_another_replaces_is_told_as_what_came(puppet: Puppet) -> None:
     assert (trap.data.vector, trap.data.error_code) == (result.vector, result.error_code)
 
 
+@pytest.mark.rule("2.22")
 def test_it_is_forgotten_when_the_session_ends_before_it_comes(
     puppet_guest: LiveGuest, spinning: Puppet, hooked: Callable[..., Session]
 ) -> None:
@@ -161,6 +169,7 @@ def test_it_is_forgotten_when_the_session_ends_before_it_comes(
     ended(Puppet(hooked(puppet_guest)))
 
 
+@pytest.mark.rule("3.30")
 def test_another_vcpu_takes_none(spinning: Puppet) -> None:
     spinning.start(1, "spin")
     spinning.advances(1)
@@ -169,6 +178,7 @@ def test_another_vcpu_takes_none(spinning: Puppet) -> None:
     ended(spinning)
 
 
+@pytest.mark.rule("3.32")
 @pytest.mark.parametrize(
     ("vector", "has_error", "padding"),
     [(32, 0, 0), (255, 0, 0), (2, 0, 0), (GP, 2, 0), (GP, 1, 1), (UD, 1, 0), (GP, 0, 0), (PF, 0, 0), (BP, 1, 0)],
@@ -179,5 +189,6 @@ def test_what_is_no_exception_is_refused(spinning: Puppet, vector: int, has_erro
     ended(spinning)
 
 
+@pytest.mark.rule("5.14")
 def test_an_observing_session_injects_nothing(puppet_guest: LiveGuest, hooked: Callable[..., Session]) -> None:
     assert refusal(hooked(puppet_guest, allow="observe"), UD) == ErrorCode.EPERM

@@ -40,6 +40,7 @@ def until(reached: Callable[[], bool]) -> None:
         os.sched_yield()
 
 
+@pytest.mark.rule("2.25")
 @pytest.mark.parametrize("state", ["walking", "waiting for a reply", "paused"])
 def test_a_vm_that_is_killed_ends_its_session(own_guest: LiveGuest, hooked: Callable[..., Session], state: str) -> None:
     before = users_of_kvm()
@@ -56,6 +57,7 @@ def test_a_vm_that_is_killed_ends_its_session(own_guest: LiveGuest, hooked: Call
     until(lambda: users_of_kvm() < before)
 
 
+@pytest.mark.rule("2.21")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_vm_that_is_told_to_end_does_so_once_its_vcpus_are_let_go(
     own_guest: LiveGuest, hooked: Callable[..., Session], how: signal.Signals
@@ -69,6 +71,7 @@ def test_a_vm_that_is_told_to_end_does_so_once_its_vcpus_are_let_go(
     assert own_guest.wait() == 0
 
 
+@pytest.mark.rule("2.20", "2.21")
 def test_an_introspector_that_is_killed_while_every_vcpu_waits_lets_the_guest_go_on(guest: LiveGuest) -> None:
     agent = subprocess.Popen(
         [sys.executable, "-c", AGENT, guest.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -81,6 +84,7 @@ def test_an_introspector_that_is_killed_while_every_vcpu_waits_lets_the_guest_go
     attach(guest.name, timeout=DEADLINE).close()
 
 
+@pytest.mark.rule("2.21", "2.8")
 def test_closing_the_session_lets_every_vcpu_go_on(guest: LiveGuest, walker: Walker) -> None:
     walker.enable(EventId.HYPERCALL)
     walker.enable(EventId.CR, cr=3)
@@ -89,6 +93,7 @@ def test_closing_the_session_lets_every_vcpu_go_on(guest: LiveGuest, walker: Wal
     guest.goes_on()
 
 
+@pytest.mark.rule("5.19", "2.23")
 def test_a_new_session_sees_no_event_that_the_last_one_enabled(
     guest: LiveGuest, hooked: Callable[..., Session]
 ) -> None:
@@ -104,6 +109,7 @@ def test_a_new_session_sees_no_event_that_the_last_one_enabled(
     assert second.session.waiting == 0
 
 
+@pytest.mark.rule("5.18")
 def test_hook_and_unhook_a_hundred_times_leaves_nothing_behind(own_guest: LiveGuest) -> None:
     until(lambda: receivers() == 0)
     before = users_of_kvm()
@@ -121,6 +127,7 @@ def test_hook_and_unhook_a_hundred_times_leaves_nothing_behind(own_guest: LiveGu
     until(lambda: receivers() == 0 and users_of_kvm() == before)
 
 
+@pytest.mark.rule("2.25")
 def test_a_vm_can_be_hooked_and_killed_over_and_over(hooked: Callable[..., Session], own_guest: LiveGuest) -> None:
     before = users_of_kvm()
     for _ in range(5):

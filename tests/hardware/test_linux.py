@@ -24,7 +24,7 @@ from kvmi_host.testing.live import DEADLINE, Walker
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
 
 VCPUS = 2
-LIBRARY_PAGE = Path(__file__).parents[2] / "docs/library.md"
+LIBRARY_PAGE = Path(__file__).with_name("library.md")
 EFER_LMA = 1 << 10
 
 
@@ -42,6 +42,7 @@ def session(linux: LinuxGuest) -> Iterator[Session]:
     linux.await_growth()
 
 
+@pytest.mark.rule("4.70", "4.73")
 def test_all_vcpus_are_paused_read_and_resumed(session: Session, linux: LinuxGuest) -> None:
     walker = Walker(session, VCPUS)
     for vcpu in walker.vcpus:
@@ -58,6 +59,7 @@ def test_all_vcpus_are_paused_read_and_resumed(session: Session, linux: LinuxGue
         session.reply(event)
 
 
+@pytest.mark.rule("4.3")
 def test_cr3_writes_of_its_processes_are_seen(session: Session) -> None:
     walker = Walker(session, VCPUS)
     walker.enable(EventId.CR, cr=3)
@@ -73,6 +75,7 @@ def test_cr3_writes_of_its_processes_are_seen(session: Session) -> None:
         session.control_cr(vcpu, 3, False)
 
 
+@pytest.mark.rule("3.24")
 def test_guest_memory_is_where_the_page_tables_say(session: Session) -> None:
     session.pause_vcpu(0)
     event = session.next_event(DEADLINE)
@@ -107,6 +110,7 @@ def not_started(linux: LinuxGuest) -> Iterator[str]:
         destroy(linux.connection, name)
 
 
+@pytest.mark.rule("4.76", "4.78", "2.26")
 def test_vcpus_announce_themselves_when_they_start(
     linux: LinuxGuest, not_started: str, check_refused: Callable[[Session], None]
 ) -> None:
@@ -141,6 +145,7 @@ def check_refused() -> Callable[[Session], None]:
     return check
 
 
+@pytest.mark.rule("4.77")
 def test_vcpus_that_run_announce_themselves_once_when_it_is_enabled(session: Session) -> None:
     session.control_vm_events(EventId.CREATE_VCPU, True)
     walker = Walker(session, VCPUS)

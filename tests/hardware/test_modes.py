@@ -27,7 +27,19 @@ ROWS = {
     Station.BIGREAL: (0, 0, 0, 1),
     Station.VM86: (0, 1, 0, 0),
 }
-stations = pytest.mark.parametrize("station", Station, ids=lambda station: station.label)
+RULES = {
+    Station.LONG64: "4.59",
+    Station.COMPAT16: "4.60",
+    Station.COMPAT32: "4.61",
+    Station.PROT16: "4.62",
+    Station.PROT32: "4.63",
+    Station.REAL16: "4.64",
+    Station.BIGREAL: "4.65",
+    Station.VM86: "4.66",
+}
+stations = pytest.mark.parametrize(
+    "station", [pytest.param(s, id=s.label, marks=pytest.mark.rule(RULES[s], "4.67")) for s in Station]
+)
 
 
 def row(sregs: SpecialRegisters) -> tuple[int, int, int, int]:

@@ -52,6 +52,7 @@ def watched(puppet: Puppet) -> Puppet:
     return puppet
 
 
+@pytest.mark.rule("4.7", "4.74")
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_write_that_changes_a_watched_msr_is_an_event(puppet: Puppet, name: str) -> None:
     msr = msr_index(name)
@@ -67,6 +68,7 @@ def test_a_write_that_changes_a_watched_msr_is_an_event(puppet: Puppet, name: st
         assert value_of(puppet, msr) == after
 
 
+@pytest.mark.rule("4.7", "4.75")
 def test_the_write_is_made_after_the_reply(watched: Puppet) -> None:
     old = value_of(watched, LSTAR)
 
@@ -79,6 +81,7 @@ def test_the_write_is_made_after_the_reply(watched: Puppet) -> None:
     assert watched.session.get_registers(0, [LSTAR]).msrs[LSTAR] == old ^ 0x1000
 
 
+@pytest.mark.rule("4.9")
 def test_the_new_value_of_a_reply_is_what_is_written(watched: Puppet) -> None:
     new = value_of(watched, LSTAR) ^ 0x1000
     events, result = write(watched, LSTAR, new, lambda event: watched.session.reply(event, new_val=new ^ 0x7000))
@@ -87,6 +90,7 @@ def test_the_new_value_of_a_reply_is_what_is_written(watched: Puppet) -> None:
     assert value_of(watched, LSTAR) == new ^ 0x7000
 
 
+@pytest.mark.rule("4.9")
 def test_a_new_value_that_the_msr_does_not_take_faults_in_the_guest(watched: Puppet) -> None:
     old = value_of(watched, LSTAR)
 
@@ -98,6 +102,7 @@ def test_a_new_value_that_the_msr_does_not_take_faults_in_the_guest(watched: Pup
     assert value_of(watched, LSTAR) == old
 
 
+@pytest.mark.rule("4.7")
 def test_a_value_that_the_msr_does_not_take_faults_in_the_guest_as_ever(watched: Puppet) -> None:
     old = value_of(watched, LSTAR)
     _, result = write(watched, LSTAR, NOT_CANONICAL)
@@ -105,6 +110,7 @@ def test_a_value_that_the_msr_does_not_take_faults_in_the_guest_as_ever(watched:
     assert value_of(watched, LSTAR) == old
 
 
+@pytest.mark.rule("4.11")
 def test_a_write_of_the_same_value_is_no_event(watched: Puppet) -> None:
     value = value_of(watched, LSTAR)
     assert write(watched, LSTAR, value)[0] == []
@@ -112,6 +118,7 @@ def test_a_write_of_the_same_value_is_no_event(watched: Puppet) -> None:
     assert write(watched, LSTAR, value ^ 0x1000)[0] == []
 
 
+@pytest.mark.rule("4.7")
 def test_a_loop_of_writes_is_as_many_events(watched: Puppet) -> None:
     values = {"rax": 0x1000, "rbx": 0x2000}
     puppet = watched
@@ -121,6 +128,7 @@ def test_a_loop_of_writes_is_as_many_events(watched: Puppet) -> None:
     assert [event.data.new for event in events] == [0x1000, 0x2000] * 25
 
 
+@pytest.mark.rule("4.8", "4.35")
 def test_another_msr_and_another_vcpu_are_not_watched(watched: Puppet) -> None:
     cstar = msr_index("cstar")
     assert write(watched, cstar, value_of(watched, cstar) ^ 0x1000)[0] == []
@@ -128,6 +136,7 @@ def test_another_msr_and_another_vcpu_are_not_watched(watched: Puppet) -> None:
     assert len(write(watched, LSTAR, value_of(watched, LSTAR) ^ 0x1000)[0]) == 1
 
 
+@pytest.mark.rule("4.8", "4.34")
 @pytest.mark.parametrize("missing", ["the event", "the msr"])
 def test_one_switch_alone_brings_no_event(watched: Puppet, missing: str) -> None:
     session = watched.session
@@ -143,12 +152,14 @@ def test_one_switch_alone_brings_no_event(watched: Puppet, missing: str) -> None
     assert len(write(watched, LSTAR, new ^ 0x1000)[0]) == 1
 
 
+@pytest.mark.rule("3.14")
 @pytest.mark.parametrize("msr", [0, 0x1FFF, 0xC0000000, 0xC0001FFF], ids=hex)
 def test_every_msr_of_both_ranges_can_be_switched(puppet: Puppet, msr: int) -> None:
     puppet.session.control_msr(0, msr, True)
     puppet.session.control_msr(0, msr, False)
 
 
+@pytest.mark.rule("5.19", "2.23")
 def test_a_new_session_watches_no_msr(puppet_guest: LiveGuest, watched: Puppet, hooked: Callable[..., Session]) -> None:
     watched.session.close()
     again = Puppet(hooked(puppet_guest))

@@ -29,12 +29,14 @@ def write(puppet: Puppet, msr: int, value: int) -> None:
     assert puppet.run(0, "wrmsr", rcx=msr, rax=value & 0xFFFFFFFF, rdx=value >> 32).exceptions == 0
 
 
+@pytest.mark.rule("3.41")
 def test_memory_can_be_cached_and_the_screen_cannot(puppet: Puppet) -> None:
     # As the firmware has set them up.
     assert puppet.session.mtrr_type(page(0)) is MemoryType.WRITE_BACK
     assert puppet.session.mtrr_type(0xA0000) is MemoryType.UNCACHEABLE
 
 
+@pytest.mark.rule("3.41")
 @pytest.mark.parametrize(
     "kind", [MemoryType.UNCACHEABLE, MemoryType.WRITE_COMBINING, MemoryType.WRITE_THROUGH, MemoryType.WRITE_PROTECTED]
 )

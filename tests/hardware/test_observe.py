@@ -33,12 +33,14 @@ def observer(guest: LiveGuest, hooked: Callable[..., Session]) -> Session:
     return hooked(guest, allow="observe")
 
 
+@pytest.mark.rule("5.15")
 def test_all_leaves_out_what_changes_the_guest(observer: Session) -> None:
     assert not any(observer.check_command(command) for command in CHANGING)
     assert observer.check_command(Command.READ_PHYSICAL)
     assert observer.check_command(Command.GET_REGISTERS)
 
 
+@pytest.mark.rule("5.14")
 @pytest.mark.parametrize("command", sorted(CHANGING), ids=lambda command: command.name.lower())
 def test_what_changes_the_guest_cannot_be_allowed(observer: Session, handle: VmHandle, command: Command) -> None:
     with pytest.raises(AttachRefused):
@@ -46,12 +48,14 @@ def test_what_changes_the_guest_cannot_be_allowed(observer: Session, handle: VmH
     assert not observer.check_command(command)
 
 
+@pytest.mark.rule("5.14")
 def test_writing_memory_is_refused(observer: Session) -> None:
     with pytest.raises(CommandError) as refused:
         observer.write_physical(0x300000, b"x")
     assert refused.value.code == ErrorCode.EPERM
 
 
+@pytest.mark.rule("5.16")
 def test_events_come_and_go_on(observer: Session) -> None:
     walker = Walker(observer, 1)
     walker.enable(EventId.CR, 0, cr=3)
@@ -59,6 +63,7 @@ def test_events_come_and_go_on(observer: Session) -> None:
     assert {event.event for event in walker.answered(9)} == {EventId.CR, EventId.HYPERCALL}
 
 
+@pytest.mark.rule("5.16")
 def test_crash_is_no_valid_reply(guest: LiveGuest, observer: Session) -> None:
     walker = Walker(observer, 1)
     walker.enable(EventId.HYPERCALL, 0)
@@ -67,6 +72,7 @@ def test_crash_is_no_valid_reply(guest: LiveGuest, observer: Session) -> None:
     guest.goes_on()
 
 
+@pytest.mark.rule("5.16")
 def test_another_new_value_is_no_valid_reply(
     guest: LiveGuest, observer: Session, hooked: Callable[..., Session]
 ) -> None:
@@ -89,6 +95,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.rule("5.16")
 @pytest.mark.parametrize(("event", "snippet", "reply"), LOOPS.values(), ids=LOOPS)
 def test_a_reply_that_changes_the_guest_ends_the_session(
     puppet_guest: LiveGuest, hooked: Callable[..., Session], event: EventId, snippet: str, reply: dict[str, int]
@@ -112,6 +119,7 @@ def test_a_reply_that_changes_the_guest_ends_the_session(
     assert again.finish(0).exceptions == (again.progress(0) if snippet == "loop_int3" else 0)
 
 
+@pytest.mark.rule("5.17")
 def test_unknown_flags_are_refused(handle: VmHandle) -> None:
     from fcntl import ioctl
 

@@ -124,6 +124,7 @@ def codes(errors: list[KvmiError]) -> set[int]:
     return {error.code for error in errors if isinstance(error, CommandError)}
 
 
+@pytest.mark.rule("5.20")
 def test_a_vm_is_hooked_or_not(own_guest: LiveGuest) -> None:
     before = users_of_kvm()
     refusals: list[KvmiError] = []
@@ -145,6 +146,7 @@ def test_a_vm_is_hooked_or_not(own_guest: LiveGuest) -> None:
     assert {cause.errno for cause in causes if isinstance(cause, OSError)} == {errno.ENOMEM}
 
 
+@pytest.mark.rule("2.19")
 def test_the_receiving_thread_does_what_it_says_or_ends_the_session(puppet_guest: LiveGuest) -> None:
     refusals: list[KvmiError] = []
     for nth in count(1):
@@ -160,6 +162,7 @@ def test_the_receiving_thread_does_what_it_says_or_ends_the_session(puppet_guest
     assert all(isinstance(error, CommandError | SessionClosed) for error in refusals)
 
 
+@pytest.mark.rule("2.19")
 def test_a_vcpu_does_what_it_says_or_ends_the_session(shared: SharedGuests) -> None:
     refusals: list[KvmiError] = []
     for nth in count(1):
@@ -180,6 +183,7 @@ def test_a_vcpu_does_what_it_says_or_ends_the_session(shared: SharedGuests) -> N
     assert all(isinstance(error, CommandError | SessionClosed) for error in refusals)
 
 
+@pytest.mark.rule("2.19")
 def test_an_introspector_is_asked_to_unhook_or_its_session_ends(own_guest: LiveGuest) -> None:
     for nth in count(1):
         with VmHandle(own_guest.pid) as vm, session_with(own_guest) as session:

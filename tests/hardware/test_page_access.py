@@ -39,10 +39,12 @@ def head(count: int, view: int = 0, padding: int = 0) -> bytes:
     return struct.pack("<HHI", view, count, padding)
 
 
+@pytest.mark.rule("3.33")
 def test_a_page_begins_with_all_access(puppet: Puppet) -> None:
     assert puppet.session.page_access(page(0), address("large"), 0) == (Access.ALL,) * 3
 
 
+@pytest.mark.rule("3.33", "3.34")
 @pytest.mark.parametrize("access", SENSIBLE)
 def test_a_page_has_the_access_that_was_set_last(puppet: Puppet, access: Access) -> None:
     puppet.session.set_page_access({page(0): Access.NONE})
@@ -50,6 +52,7 @@ def test_a_page_has_the_access_that_was_set_last(puppet: Puppet, access: Access)
     assert puppet.session.page_access(page(0), page(1)) == (access, Access.ALL)
 
 
+@pytest.mark.rule("3.34")
 def test_one_command_sets_many_pages(puppet: Puppet) -> None:
     access = {page(index): SENSIBLE[index % len(SENSIBLE)] for index in range(256)}
     access |= {address("large") + index * PAGE: Access.R for index in range(255)}
@@ -57,11 +60,13 @@ def test_one_command_sets_many_pages(puppet: Puppet) -> None:
     assert puppet.session.page_access(*access) == tuple(access.values())
 
 
+@pytest.mark.rule("3.34")
 def test_no_pages_are_no_error(puppet: Puppet) -> None:
     puppet.session.set_page_access({})
     assert puppet.session.page_access() == ()
 
 
+@pytest.mark.rule("3.34")
 def test_pages_of_one_large_page_are_told_apart(puppet: Puppet) -> None:
     large = address("large")
     puppet.session.set_page_access({large + 5 * PAGE: Access.R})
@@ -69,6 +74,7 @@ def test_pages_of_one_large_page_are_told_apart(puppet: Puppet) -> None:
     assert around == (Access.ALL, Access.ALL, Access.R, Access.ALL, Access.ALL)
 
 
+@pytest.mark.rule("5.19")
 def test_a_new_session_finds_all_access(
     puppet_guest: LiveGuest, puppet: Puppet, hooked: Callable[..., Session]
 ) -> None:
@@ -77,12 +83,14 @@ def test_a_new_session_finds_all_access(
     assert hooked(puppet_guest).page_access(page(0)) == (Access.ALL,)
 
 
+@pytest.mark.rule("3.37")
 @pytest.mark.parametrize("access", [Access.W, Access.W | Access.X], ids=["w", "wx"])
 def test_a_page_that_can_be_written_can_be_read(puppet: Puppet, access: Access) -> None:
     assert refusal(puppet.session, Command.SET_PAGE_ACCESS, head(1) + entry(page(0), access)) == ErrorCode.EINVAL
     assert puppet.session.page_access(page(0)) == (Access.ALL,)
 
 
+@pytest.mark.rule("3.38", "3.39", either=True)
 def test_execute_only_is_there_where_the_cpu_has_it(puppet: Puppet) -> None:
     try:
         puppet.session.set_page_access({page(0): Access.X})
@@ -114,12 +122,14 @@ BAD = {
 }
 
 
+@pytest.mark.rule("3.36")
 @pytest.mark.parametrize(("command", "payload"), BAD.values(), ids=BAD)
 def test_a_bad_field_is_refused(puppet: Puppet, command: Command, payload: Callable[[], bytes]) -> None:
     assert refusal(puppet.session, command, payload()) == ErrorCode.EINVAL
     assert puppet.session.page_access(page(0)) == (Access.ALL,)
 
 
+@pytest.mark.rule("5.14")
 def test_an_observing_session_reads_access_and_sets_none(
     puppet_guest: LiveGuest, hooked: Callable[..., Session]
 ) -> None:

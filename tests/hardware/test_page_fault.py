@@ -67,6 +67,7 @@ ACCESSES = {
 }
 
 
+@pytest.mark.rule("4.16", "4.74")
 @pytest.mark.parametrize("snippet", ACCESSES)
 def test_an_access_that_is_not_allowed_is_an_event(puppet: Puppet, snippet: str) -> None:
     registers, access, allowed = ACCESSES[snippet]
@@ -77,6 +78,7 @@ def test_an_access_that_is_not_allowed_is_an_event(puppet: Puppet, snippet: str)
     assert result.exceptions == 0
 
 
+@pytest.mark.rule("4.16")
 def test_gva_and_gpa_are_two_things(puppet: Puppet) -> None:
     gva, gpa = alias(5)
     puppet.session.set_page_access({gpa: NO_WRITE})
@@ -84,6 +86,7 @@ def test_gva_and_gpa_are_two_things(puppet: Puppet) -> None:
     assert (event.data.gva, event.data.gpa) == (gva + 0xFFF, gpa + 0xFFF)
 
 
+@pytest.mark.rule("4.16")
 @pytest.mark.parametrize("allowed", [Access.NONE, Access.R, NO_EXECUTE], ids=["none", "r", "rw"])
 def test_running_a_page_that_is_not_executable_is_an_event(puppet: Puppet, allowed: Access) -> None:
     own_page = address("own_page")
@@ -95,6 +98,7 @@ def test_running_a_page_that_is_not_executable_is_an_event(puppet: Puppet, allow
     assert (result.registers.rax, result.exceptions) == (MARK, 0)
 
 
+@pytest.mark.rule("4.17")
 @pytest.mark.parametrize(
     ("allowed", "snippets"),
     [(NO_WRITE, ["read8", "read64"]), (NO_EXECUTE, ["read8", "write8", "lock_add"]), (Access.R, ["read8"])],
@@ -109,6 +113,7 @@ def test_what_is_allowed_is_no_event(puppet: Puppet, allowed: Access, snippets: 
 # -- what the reply does
 
 
+@pytest.mark.rule("4.19", "3.35")
 def test_retry_after_lifting_the_access_makes_it(puppet: Puppet) -> None:
     puppet.session.set_page_access({page(0): NO_WRITE})
     events, _ = puppet.watch(0, "write64", lift(puppet), rsi=page(0), rax=VALUE)
@@ -116,6 +121,7 @@ def test_retry_after_lifting_the_access_makes_it(puppet: Puppet) -> None:
     assert value_at(puppet, page(0)) == VALUE
 
 
+@pytest.mark.rule("4.19")
 def test_retry_alone_meets_the_page_again(puppet: Puppet) -> None:
     puppet.session.set_page_access({page(0): NO_WRITE})
     actions = iter([Action.RETRY, Action.RETRY, Action.CONTINUE])
@@ -136,6 +142,7 @@ EFFECTS = {
 }
 
 
+@pytest.mark.rule("4.18", "4.21")
 @either_way
 @pytest.mark.parametrize("snippet", EFFECTS)
 @pytest.mark.parametrize("allowed", [Access.NONE, NO_WRITE], ids=["none", "rx"])
@@ -154,6 +161,7 @@ def test_continue_makes_the_access_once_and_the_page_stays_watched(
         assert puppet.session.page_access(page(0)) == (allowed,)
 
 
+@pytest.mark.rule("4.18", "4.21")
 @either_way
 def test_continue_reads_what_is_there(puppet: Puppet, reply: PageFaultReply | None) -> None:
     puppet.session.write_physical(page(0), VALUE.to_bytes(8, "little"))
@@ -164,6 +172,7 @@ def test_continue_reads_what_is_there(puppet: Puppet, reply: PageFaultReply | No
         assert result.registers.rax == VALUE
 
 
+@pytest.mark.rule("4.18", "4.21")
 @either_way
 def test_continue_on_a_page_that_is_not_executable_runs_one_instruction(
     puppet: Puppet, reply: PageFaultReply | None
@@ -176,6 +185,7 @@ def test_continue_on_a_page_that_is_not_executable_runs_one_instruction(
     assert (result.registers.rax, result.exceptions) == (MARK, 0)
 
 
+@pytest.mark.rule("4.16")
 def test_an_instruction_that_lies_in_two_pages_meets_both(puppet: Puppet) -> None:
     first, second = address("straddle") & -PAGE, (address("straddle") & -PAGE) + PAGE
     puppet.session.set_page_access({first: NO_EXECUTE, second: NO_EXECUTE})
@@ -184,6 +194,7 @@ def test_an_instruction_that_lies_in_two_pages_meets_both(puppet: Puppet) -> Non
     assert result.registers.rax == VALUE
 
 
+@pytest.mark.rule("4.19", "3.18")
 def test_set_registers_moves_on_past_the_access(puppet: Puppet) -> None:
     write_size = 2
 
@@ -200,6 +211,7 @@ def test_set_registers_moves_on_past_the_access(puppet: Puppet) -> None:
 # -- which pages
 
 
+@pytest.mark.rule("4.17")
 @pytest.mark.parametrize("base", ["pages", "large"])
 def test_pages_next_to_it_are_free(puppet: Puppet, base: str) -> None:
     watched = address(base) + 7 * PAGE
@@ -212,6 +224,7 @@ def test_pages_next_to_it_are_free(puppet: Puppet, base: str) -> None:
     assert [event.data.gpa for event in events] == [watched]
 
 
+@pytest.mark.rule("4.16", "3.34", "3.35")
 def test_every_page_of_many_is_watched(puppet: Puppet) -> None:
     large = address("large")
     watched = [large + index * PAGE for index in range(0, 1024, 37)]
@@ -224,6 +237,7 @@ def test_every_page_of_many_is_watched(puppet: Puppet) -> None:
         puppet.run(0, "write8", rsi=gpa)
 
 
+@pytest.mark.rule("4.16", "4.18")
 @either_way
 def test_a_string_that_crosses_into_a_watched_page_is_copied_whole(
     puppet: Puppet, reply: PageFaultReply | None
@@ -241,6 +255,7 @@ def test_a_string_that_crosses_into_a_watched_page_is_copied_whole(
     assert (result.registers.rcx, result.registers.rdi) == (0, page(1) + 20)
 
 
+@pytest.mark.rule("4.20")
 @pytest.mark.parametrize("size", [8, 256])
 def test_the_reply_says_what_the_guest_reads(puppet: Puppet, size: int) -> None:
     puppet.session.set_page_access({page(0): Access.NONE})
@@ -250,6 +265,7 @@ def test_the_reply_says_what_the_guest_reads(puppet: Puppet, size: int) -> None:
     assert value_at(puppet, page(0) + size - 8) == 0
 
 
+@pytest.mark.rule("4.20")
 def test_what_the_reply_does_not_cover_is_read_from_memory(puppet: Puppet) -> None:
     puppet.session.write_physical(page(0), VALUE.to_bytes(8, "little"))
     puppet.session.set_page_access({page(0): Access.NONE})
@@ -258,6 +274,7 @@ def test_what_the_reply_does_not_cover_is_read_from_memory(puppet: Puppet) -> No
     assert result.registers.rax == VALUE
 
 
+@pytest.mark.rule("4.22")
 def test_a_long_string_is_asked_about_less_often_if_the_reply_completes_it(puppet: Puppet) -> None:
     def asked(reply: PageFaultReply) -> int:
         puppet.session.set_page_access({page(1): NO_WRITE})
@@ -272,6 +289,7 @@ def test_a_long_string_is_asked_about_less_often_if_the_reply_completes_it(puppe
     assert less_often < often or (KMEMLEAK.exists() and less_often == often)
 
 
+@pytest.mark.rule("4.51")
 @pytest.mark.parametrize(
     "own",
     [
@@ -301,6 +319,7 @@ def test_an_invalid_reply_ends_the_session_and_the_access_is_made(
     assert value_at(again, page(0)) == VALUE
 
 
+@pytest.mark.rule("4.16")
 def test_an_access_that_crosses_into_a_watched_page_is_an_event(puppet: Puppet) -> None:
     puppet.session.set_page_access({page(1): NO_WRITE})
     events, _ = puppet.watch(0, "write64", rsi=page(1) - 4, rax=VALUE)
@@ -308,6 +327,7 @@ def test_an_access_that_crosses_into_a_watched_page_is_an_event(puppet: Puppet) 
     assert value_at(puppet, page(1) - 4, 4) | value_at(puppet, page(1), 4) << 32 == VALUE
 
 
+@pytest.mark.rule("4.23", "4.24", either=True)
 @either_way
 def test_the_guests_page_walk_into_a_watched_page_table_goes_through(
     puppet: Puppet, reply: PageFaultReply | None
@@ -333,6 +353,7 @@ def test_the_guests_page_walk_into_a_watched_page_table_goes_through(
 # -- which vCPUs, and for how long
 
 
+@pytest.mark.rule("4.16")
 def test_each_vcpu_tells_of_its_own_accesses(puppet: Puppet) -> None:
     puppet.session.set_page_access({page(0): NO_WRITE})
     for vcpu in (1, 0, 1):
@@ -341,6 +362,7 @@ def test_each_vcpu_tells_of_its_own_accesses(puppet: Puppet) -> None:
     assert value_at(puppet, page(0)) == 3
 
 
+@pytest.mark.rule("4.18")
 def test_while_one_vcpu_waits_the_page_stays_watched_for_the_other(puppet: Puppet) -> None:
     puppet.session.set_page_access({page(0): NO_WRITE})
     puppet.start(0, "lock_add", rsi=page(0), rax=1)
@@ -356,6 +378,7 @@ def test_while_one_vcpu_waits_the_page_stays_watched_for_the_other(puppet: Puppe
     assert value_at(puppet, page(0)) == 2
 
 
+@pytest.mark.rule("4.21")
 def test_a_step_of_one_vcpu_does_not_open_the_page_to_the_other(puppet: Puppet) -> None:
     rounds = 30
     puppet.session.set_page_access({page(0): NO_WRITE})
@@ -367,6 +390,7 @@ def test_a_step_of_one_vcpu_does_not_open_the_page_to_the_other(puppet: Puppet) 
     assert not missed - {(event.vcpu, event.registers.r15) for event in events}
 
 
+@pytest.mark.rule("4.34", "4.35")
 def test_a_vcpu_whose_event_is_off_makes_its_accesses(puppet: Puppet) -> None:
     puppet.session.control_events(1, EventId.PF, False)
     puppet.session.set_page_access({page(0): NO_WRITE})
@@ -375,6 +399,7 @@ def test_a_vcpu_whose_event_is_off_makes_its_accesses(puppet: Puppet) -> None:
     assert len(puppet.watch(0, "write8", rsi=page(0))[0]) == 1
 
 
+@pytest.mark.rule("4.25")
 def test_the_introspectors_own_accesses_are_none_of_the_guests(puppet: Puppet) -> None:
     puppet.session.set_page_access({page(0): Access.NONE})
     puppet.session.write_physical(page(0), b"x")
@@ -383,6 +408,7 @@ def test_the_introspectors_own_accesses_are_none_of_the_guests(puppet: Puppet) -
     assert len(puppet.watch(0, "read8", rsi=page(0))[0]) == 1
 
 
+@pytest.mark.rule("2.23", "5.19")
 @pytest.mark.parametrize("waiting", [False, True], ids=["at home", "waiting for a reply"])
 def test_the_end_of_the_session_gives_all_access_back(
     puppet_guest: LiveGuest, puppet: Puppet, hooked: Callable[..., Session], waiting: bool
@@ -417,6 +443,7 @@ def tells_of_writes(puppet: Puppet) -> bool:
     return [event.data.gpa for event in events] == [page(0)]
 
 
+@pytest.mark.rule("4.26")
 def test_pages_stay_watched_while_qemu_logs_writes_and_afterwards(
     own_puppet: LiveGuest, hooked: Callable[..., Session]
 ) -> None:
@@ -436,6 +463,7 @@ def test_pages_stay_watched_while_qemu_logs_writes_and_afterwards(
     assert puppet.session.page_access(page(0), page(1)) == (NO_WRITE, Access.ALL)
 
 
+@pytest.mark.rule("4.26")
 def test_pages_stay_watched_when_memory_is_plugged_in(own_puppet: LiveGuest, hooked: Callable[..., Session]) -> None:
     puppet = Puppet(hooked(own_puppet))
     puppet.session.control_events(0, EventId.PF, True)

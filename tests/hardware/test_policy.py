@@ -77,11 +77,13 @@ def events(*ids: int) -> Policy:
     return Policy(observe=True, events=frozenset(ids))
 
 
+@pytest.mark.rule("3.2")
 def test_there_is_a_message_of_every_command_that_can_be_allowed(guest: LiveGuest, session: Session) -> None:
     served = {command for command in Command if session.check_command(command)}
     assert served == set(ASKS) | ALWAYS_ALLOWED
 
 
+@pytest.mark.rule("3.2", "5.6")
 @pytest.mark.parametrize("command", COMMANDS, ids=command_name)
 def test_a_command_in_the_list_is_served(guest: LiveGuest, hooked: Callable[..., Session], command: Command) -> None:
     session = hooked(guest, allow=commands(command))
@@ -93,6 +95,7 @@ def test_a_command_in_the_list_is_served(guest: LiveGuest, hooked: Callable[...,
         session.reply(event)
 
 
+@pytest.mark.rule("2.10", "3.2", "5.6")
 @pytest.mark.parametrize("command", COMMANDS, ids=command_name)
 def test_a_command_that_is_not_in_the_list_is_eperm(
     guest: LiveGuest, hooked: Callable[..., Session], command: Command
@@ -103,6 +106,7 @@ def test_a_command_that_is_not_in_the_list_is_eperm(
     assert session.check_command(COMMANDS[0]) is (command != COMMANDS[0])  # the session goes on
 
 
+@pytest.mark.rule("3.3", "5.6")
 @pytest.mark.parametrize("event", EVENTS, ids=event_name)
 def test_an_event_in_the_list_can_be_asked_for(
     guest: LiveGuest, hooked: Callable[..., Session], event: EventId
@@ -119,6 +123,7 @@ def test_an_event_in_the_list_can_be_asked_for(
         assert answer(session, switch(event, False)) == 0
 
 
+@pytest.mark.rule("3.12", "3.3", "5.6")
 @pytest.mark.parametrize("event", SWITCHED, ids=event_name)
 def test_an_event_that_is_not_in_the_list_is_eperm(
     guest: LiveGuest, hooked: Callable[..., Session], event: EventId
@@ -128,6 +133,7 @@ def test_an_event_that_is_not_in_the_list_is_eperm(
     assert answer(session, switch(event, True)) == ErrorCode.EPERM
 
 
+@pytest.mark.rule("3.8")
 def test_a_vcpu_cannot_be_paused_where_that_event_is_not_in_the_list(
     guest: LiveGuest, hooked: Callable[..., Session]
 ) -> None:
@@ -135,6 +141,7 @@ def test_a_vcpu_cannot_be_paused_where_that_event_is_not_in_the_list(
     assert answer(session, ASKS[Command.PAUSE_VCPU]) == ErrorCode.EPERM
 
 
+@pytest.mark.rule("5.14")
 @pytest.mark.parametrize("command", sorted(CHANGES_THE_GUEST), ids=command_name)
 def test_observing_a_command_that_changes_the_guest_is_eperm(
     guest: LiveGuest, hooked: Callable[..., Session], command: Command
@@ -143,6 +150,7 @@ def test_observing_a_command_that_changes_the_guest_is_eperm(
     assert answer(session, ASKS[command]) == ErrorCode.EPERM
 
 
+@pytest.mark.rule("5.14")
 @pytest.mark.parametrize("command", sorted(CHANGES_THE_GUEST), ids=command_name)
 def test_a_policy_that_the_kernel_does_not_take_leaves_no_session(guest: LiveGuest, command: Command) -> None:
     with pytest.raises(AttachRefused, match=f"{command_name(command)} cannot be allowed"):
@@ -150,6 +158,7 @@ def test_a_policy_that_the_kernel_does_not_take_leaves_no_session(guest: LiveGue
     hook(guest).close()
 
 
+@pytest.mark.rule("5.6")
 def test_full_has_every_command_and_event(guest: LiveGuest, hooked: Callable[..., Session]) -> None:
     session = hooked(guest, allow="full")
     assert all(map(session.check_command, COMMANDS))

@@ -46,27 +46,47 @@ def held(session: Session, station: Station = Station.PROT32, actions: Actions =
     return walker
 
 
-INVALID: dict[str, Callable[[Event], bytes]] = {
-    "an older seq": lambda e: reply(e, NEW.pack(e.data.new), seq=e.seq - 1),
-    "a seq to come": lambda e: reply(e, NEW.pack(e.data.new), seq=e.seq + 1),
-    "seq zero": lambda e: reply(e, NEW.pack(e.data.new), seq=0),
-    "padding1": lambda e: reply(e, NEW.pack(e.data.new), padding=(1, 0)),
-    "padding2": lambda e: reply(e, NEW.pack(e.data.new), padding=(0, 1)),
-    "padding1 of the vcpu header": lambda e: reply(e, NEW.pack(e.data.new), vcpu_padding=(1, 0)),
-    "padding2 of the vcpu header": lambda e: reply(e, NEW.pack(e.data.new), vcpu_padding=(0, 1)),
-    "one byte too many": lambda e: reply(e, NEW.pack(e.data.new) + b"\0"),
-    "own data of another event": lambda e: reply(e, bytes(280)),
-    "no event field": lambda e: reply(e, common=1),
-    "no action": lambda e: reply(e, common=0),
-    "nothing": lambda e: struct.pack("<HHI", 0, 0, e.seq),
-    "half a vcpu header": lambda e: struct.pack("<HHI", 0, 4, e.seq) + bytes(4),
-    "another vcpu": lambda e: reply(e, NEW.pack(e.data.new), vcpu=1),
-    "no such vcpu": lambda e: reply(e, NEW.pack(e.data.new), vcpu=4),
-    "twice": lambda e: 2 * reply(e, NEW.pack(e.data.new)),
+INVALID: dict[str, dict[str, Callable[[Event], bytes]]] = {
+    # by rule
+    "4.44": {
+        "an older seq": lambda e: reply(e, NEW.pack(e.data.new), seq=e.seq - 1),
+        "a seq to come": lambda e: reply(e, NEW.pack(e.data.new), seq=e.seq + 1),
+        "seq zero": lambda e: reply(e, NEW.pack(e.data.new), seq=0),
+    },
+    "4.47": {
+        "padding1": lambda e: reply(e, NEW.pack(e.data.new), padding=(1, 0)),
+        "padding2": lambda e: reply(e, NEW.pack(e.data.new), padding=(0, 1)),
+        "padding1 of the vcpu header": lambda e: reply(e, NEW.pack(e.data.new), vcpu_padding=(1, 0)),
+        "padding2 of the vcpu header": lambda e: reply(e, NEW.pack(e.data.new), vcpu_padding=(0, 1)),
+    },
+    "4.48": {
+        "one byte too many": lambda e: reply(e, NEW.pack(e.data.new) + b"\0"),
+        "own data of another event": lambda e: reply(e, bytes(280)),
+    },
+    "4.56": {
+        "no event field": lambda e: reply(e, common=1),
+        "no action": lambda e: reply(e, common=0),
+        "nothing": lambda e: struct.pack("<HHI", 0, 0, e.seq),
+        "half a vcpu header": lambda e: struct.pack("<HHI", 0, 4, e.seq) + bytes(4),
+    },
+    "4.46": {
+        "another vcpu": lambda e: reply(e, NEW.pack(e.data.new), vcpu=1),
+        "no such vcpu": lambda e: reply(e, NEW.pack(e.data.new), vcpu=4),
+    },
+    "4.45": {
+        "twice": lambda e: 2 * reply(e, NEW.pack(e.data.new)),
+    },
 }
 
 
-@pytest.mark.parametrize("invalid", INVALID.values(), ids=INVALID)
+@pytest.mark.parametrize(
+    "invalid",
+    [
+        pytest.param(invalid, id=name, marks=pytest.mark.rule("4.49", rule))
+        for rule, replies in INVALID.items()
+        for name, invalid in replies.items()
+    ],
+)
 def test_an_invalid_reply_ends_the_session_and_the_guest_goes_on(
     invalid: Callable[[Event], bytes], guest: LiveGuest, hooked: Callable[..., Session]
 ) -> None:
@@ -82,6 +102,7 @@ def test_an_invalid_reply_ends_the_session_and_the_guest_goes_on(
     assert again.record(0).exception == 0
 
 
+@pytest.mark.rule("4.55")
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 7], ids="{} bytes".format)
 def test_a_short_common_part_is_accepted_and_its_rest_is_zero(session: Session, size: int) -> None:
     walker = held(session, Station.LONG64, Actions.HYPERCALL)
@@ -90,6 +111,7 @@ def test_a_short_common_part_is_accepted_and_its_rest_is_zero(session: Session, 
     walker.session.reply(walker.event())
 
 
+@pytest.mark.rule("4.57")
 @pytest.mark.parametrize("padding", [(1, 0), (0, 1)], ids=["padding1", "padding2"])
 def test_a_short_common_part_is_still_checked(session: Session, padding: tuple[int, int]) -> None:
     walker = held(session, Station.LONG64, Actions.HYPERCALL)
@@ -97,6 +119,7 @@ def test_a_short_common_part_is_still_checked(session: Session, padding: tuple[i
     await_end(session)
 
 
+@pytest.mark.rule("4.58")
 def test_a_short_common_part_admits_no_own_data(session: Session) -> None:
     # Eight bytes of own data after six of the common part are taken for the two that miss, and six more.
     walker = held(session)
@@ -105,6 +128,7 @@ def test_a_short_common_part_admits_no_own_data(session: Session) -> None:
     await_end(session)
 
 
+@pytest.mark.rule("4.54")
 @pytest.mark.parametrize("size", [0, 1, 4, 7, 8], ids="{} bytes".format)
 def test_what_is_missing_of_the_own_data_counts_as_zero(session: Session, size: int) -> None:
     walker = held(session)
@@ -115,6 +139,7 @@ def test_what_is_missing_of_the_own_data_counts_as_zero(session: Session, size: 
     walker.session.reply(after)
 
 
+@pytest.mark.rule("4.5", "4.3", "4.75")
 def test_the_new_value_of_a_reply_is_what_is_written(session: Session) -> None:
     walker = held(session)
     for value in (0x1000, 0x7FFF000, 0x5000):
@@ -126,6 +151,7 @@ def test_the_new_value_of_a_reply_is_what_is_written(session: Session) -> None:
         session.reply(after)
 
 
+@pytest.mark.rule("4.5", "4.11")
 def test_a_new_value_that_changes_nothing_keeps_the_old_one(session: Session) -> None:
     walker = held(session)
     event = walker.event()
@@ -136,6 +162,7 @@ def test_a_new_value_that_changes_nothing_keeps_the_old_one(session: Session) ->
     session.reply(after)
 
 
+@pytest.mark.rule("4.6")
 def test_a_new_value_that_the_register_does_not_take_faults_in_the_guest(
     own_guest: LiveGuest, hooked: Callable[..., Session]
 ) -> None:
@@ -147,6 +174,7 @@ def test_a_new_value_that_the_register_does_not_take_faults_in_the_guest(
     assert walker.record(0).exception == 13
 
 
+@pytest.mark.rule("4.50")
 @pytest.mark.parametrize("action", [Action.RETRY, 3, 255])
 def test_an_action_that_the_event_does_not_accept_means_continue(session: Session, action: int) -> None:
     walker = held(session)
@@ -157,6 +185,7 @@ def test_an_action_that_the_event_does_not_accept_means_continue(session: Sessio
     session.reply(after)
 
 
+@pytest.mark.rule("4.37")
 def test_crash_kills_the_vm_at_once(own_guest: LiveGuest, hooked: Callable[..., Session]) -> None:
     session = hooked(own_guest)
     walker = held(session, Station.LONG64, Actions.HYPERCALL)

@@ -16,11 +16,13 @@ from kvmi_host.testing.modewalk import Actions, Station
 pytestmark = pytest.mark.hardware
 
 
+@pytest.mark.rule("4.38")
 def test_the_first_event_of_a_session_is_number_1(walker: Walker) -> None:
     walker.enable(EventId.HYPERCALL, 0)
     assert walker.event().seq == 1
 
 
+@pytest.mark.rule("4.40")
 def test_each_session_counts_from_1(guest: LiveGuest, hooked: Callable[..., Session]) -> None:
     for _ in range(3):
         session = hooked(guest)
@@ -30,6 +32,7 @@ def test_each_session_counts_from_1(guest: LiveGuest, hooked: Callable[..., Sess
         session.close()
 
 
+@pytest.mark.rule("4.39")
 def test_four_vcpus_that_fire_at_once_share_one_count(walker: Walker) -> None:
     for vcpu in walker.vcpus:
         walker.hold(vcpu, Station.LONG64)
@@ -41,6 +44,7 @@ def test_four_vcpus_that_fire_at_once_share_one_count(walker: Walker) -> None:
     assert {vcpu for _, vcpu in events} == set(walker.vcpus)
 
 
+@pytest.mark.rule("4.41")
 def test_pause_events_are_counted_with_the_others(walker: Walker) -> None:
     walker.enable(EventId.HYPERCALL, 0)
     first = walker.event()
@@ -50,12 +54,14 @@ def test_pause_events_are_counted_with_the_others(walker: Walker) -> None:
     assert (first.event, second.event) == (EventId.HYPERCALL, EventId.PAUSE_VCPU)
 
 
+@pytest.mark.rule("4.39")
 def test_a_hundred_walks_of_four_vcpus_leave_no_gap(walker: Walker) -> None:
     walker.enable(EventId.HYPERCALL)
     seqs = [event.seq for event in walker.answered(4 * 8 * 25)]
     assert seqs == list(range(1, len(seqs) + 1))
 
 
+@pytest.mark.rule("1.3")
 def test_two_vms_count_for_themselves(guest: LiveGuest, own_guest: LiveGuest, hooked: Callable[..., Session]) -> None:
     walkers = [Walker(hooked(guest), guest.vcpus), Walker(hooked(own_guest), own_guest.vcpus)]
     for walker in walkers:

@@ -63,12 +63,14 @@ def step_through(puppet: Puppet, snippet: str, size: int, **registers: int) -> t
     return offsets, result
 
 
+@pytest.mark.rule("4.32")
 def test_each_instruction_is_one_event(puppet: Puppet) -> None:
     offsets, result = step_through(puppet, "nops", 8)
     assert offsets == [0, 1, 2, 3, 4, 5, 6, 7, 8]
     assert result.exceptions == 0
 
 
+@pytest.mark.rule("4.32", "4.74")
 def test_an_event_tells_the_state_after_its_instruction(puppet: Puppet) -> None:
     puppet.session.write_physical(page(0), (2).to_bytes(8, "little"))
     steps, _ = stepped(puppet, "xchg", rax=1, rsi=page(0))
@@ -77,6 +79,7 @@ def test_an_event_tells_the_state_after_its_instruction(puppet: Puppet) -> None:
     assert steps[before].data is None
 
 
+@pytest.mark.rule("4.33")
 def test_the_guest_does_not_see_the_trap_flag(puppet: Puppet) -> None:
     offsets, result = step_through(puppet, "pushf", 2)
     assert offsets == [0, 1, 2]
@@ -84,6 +87,7 @@ def test_the_guest_does_not_see_the_trap_flag(puppet: Puppet) -> None:
     assert not result.registers.rflags & RFLAGS_TF
 
 
+@pytest.mark.rule("4.33")
 def test_neither_does_the_introspector(puppet: Puppet) -> None:
     flags = set()
 
@@ -95,6 +99,7 @@ def test_neither_does_the_introspector(puppet: Puppet) -> None:
     assert not any(value & RFLAGS_TF for value in flags)
 
 
+@pytest.mark.rule("4.33")
 def test_a_guest_that_steps_itself_gets_its_own_traps(puppet: Puppet) -> None:
     offsets, result = step_through(puppet, "step", 26)
     assert result.counts[DB] == STEPS
@@ -105,6 +110,7 @@ def test_a_guest_that_steps_itself_gets_its_own_traps(puppet: Puppet) -> None:
     assert len(set(offsets)) == len(offsets) == 15
 
 
+@pytest.mark.rule("4.32")
 def test_a_string_instruction_is_stepped_by_its_rounds(puppet: Puppet) -> None:
     puppet.session.write_physical(page(0), b"abcd")
     offsets, result = step_through(puppet, "rep_movsb", 2, rsi=page(0), rdi=page(1), rcx=4)
@@ -113,6 +119,7 @@ def test_a_string_instruction_is_stepped_by_its_rounds(puppet: Puppet) -> None:
     assert result.exceptions == 0
 
 
+@pytest.mark.rule("4.32")
 def test_hlt_is_stepped_over_when_the_guest_wakes_up(puppet: Puppet) -> None:
     offsets, result = step_through(puppet, "hlt", 1)
     assert offsets == [0, 1]
@@ -120,12 +127,14 @@ def test_hlt_is_stepped_over_when_the_guest_wakes_up(puppet: Puppet) -> None:
     assert result.exceptions == 0
 
 
+@pytest.mark.rule("4.32")
 def test_the_shadow_of_mov_ss_holds_for_one_instruction_at_most(puppet: Puppet) -> None:
     offsets, result = step_through(puppet, "mov_ss", 4, rax=DATA_SELECTOR)
     assert offsets in ([0, 3, 4], [0, 2, 3, 4])
     assert result.exceptions == 0
 
 
+@pytest.mark.rule("4.32")
 @pytest.mark.parametrize(
     ("snippet", "size", "registers"),
     [
@@ -147,6 +156,7 @@ def test_an_instruction_that_leaves_the_guest_is_one_step(
     assert result.exceptions == 0
 
 
+@pytest.mark.rule("4.33")
 @pytest.mark.parametrize(("snippet", "vector"), [("int3", BP), ("ud2", 6), ("int_n", SOFTWARE_INTERRUPT)])
 def test_an_exception_is_delivered_and_stepped_into(puppet: Puppet, snippet: str, vector: int) -> None:
     events, result = stepped(puppet, snippet)
@@ -155,6 +165,7 @@ def test_an_exception_is_delivered_and_stepped_into(puppet: Puppet, snippet: str
     assert any(stub <= event.rip < stub + 16 for event in events)
 
 
+@pytest.mark.rule("4.33")
 def test_the_timer_goes_on(puppet: Puppet) -> None:
     events, result = stepped(puppet, "loop_nop", r15=50)
     assert len(events) >= 50 * 6
@@ -162,6 +173,7 @@ def test_the_timer_goes_on(puppet: Puppet) -> None:
     assert puppet.run(0, "hlt").counts[TICK] >= 1
 
 
+@pytest.mark.rule("4.32", "4.12")
 def test_a_breakpoint_comes_in_between(puppet: Puppet) -> None:
     puppet.session.control_events(0, EventId.BREAKPOINT, True)
     events, result = stepped(puppet, "int3")
@@ -169,6 +181,7 @@ def test_a_breakpoint_comes_in_between(puppet: Puppet) -> None:
     assert (result.counts[BP], result.counts[DB]) == (1, 0)
 
 
+@pytest.mark.rule("4.32", "4.3")
 def test_a_write_of_a_control_register_comes_in_between(puppet: Puppet) -> None:
     puppet.session.control_events(0, EventId.CR, True)
     puppet.session.control_cr(0, 3, True)
@@ -179,6 +192,7 @@ def test_a_write_of_a_control_register_comes_in_between(puppet: Puppet) -> None:
         assert events[write + 1].rip == address("mov_to_cr3") + 3
 
 
+@pytest.mark.rule("3.18")
 def test_set_registers_moves_a_stepped_vcpu(puppet: Puppet) -> None:
     def turn(event: Event) -> None:
         if event.rip == address("nops") + 3:
@@ -190,6 +204,7 @@ def test_set_registers_moves_a_stepped_vcpu(puppet: Puppet) -> None:
     assert result.registers.rbx == 7
 
 
+@pytest.mark.rule("4.35")
 def test_only_the_vcpu_that_was_asked_for_is_stepped(puppet: Puppet) -> None:
     puppet.session.control_events(0, EventId.SINGLESTEP, True)
     puppet.start(1, "spin")
@@ -204,11 +219,13 @@ def test_only_the_vcpu_that_was_asked_for_is_stepped(puppet: Puppet) -> None:
     assert vcpus == {0}
 
 
+@pytest.mark.rule("4.34")
 def test_switched_off_there_are_no_more_events(puppet: Puppet) -> None:
     step_through(puppet, "nops", 8)
     assert puppet.run(0, "loop_nop", r15=1000).exceptions == 0
 
 
+@pytest.mark.rule("2.23")
 @pytest.mark.parametrize("snippet", ["nops", "step", "hlt"])
 def test_the_end_of_the_session_ends_the_steps(
     puppet_guest: LiveGuest, puppet: Puppet, hooked: Callable[..., Session], snippet: str

@@ -44,6 +44,7 @@ def test_without_introspection_it_is_none(puppet: Puppet) -> None:
     assert result.exceptions == result.counts[BP] == puppet.progress(0)
 
 
+@pytest.mark.rule("4.80", "4.39")
 def test_no_event_is_lost_and_no_number_left_out(puppet: Puppet, puppet_guest: LiveGuest) -> None:
     begin(puppet, puppet_guest.vcpus)
     seen: Counter[tuple[int, int]] = Counter()
@@ -60,6 +61,7 @@ def test_no_event_is_lost_and_no_number_left_out(puppet: Puppet, puppet_guest: L
         assert result.exceptions == result.counts[BP] == puppet.progress(vcpu)
 
 
+@pytest.mark.rule("2.20", "2.21")
 @pytest.mark.parametrize("answered", [0, 1, 7, 50])
 def test_a_session_that_ends_in_the_midst_of_it_leaves_the_guest_well(
     puppet: Puppet, puppet_guest: LiveGuest, hooked: Callable[..., Session], answered: int

@@ -47,6 +47,7 @@ def stopped(walker: Walker) -> Event:
     return walker.event()
 
 
+@pytest.mark.rule("4.52")
 def test_commands_are_served_while_their_vcpu_waits(walker: Walker, stopped: Event) -> None:
     session = walker.session
     for _ in range(50):
@@ -58,6 +59,7 @@ def test_commands_are_served_while_their_vcpu_waits(walker: Walker, stopped: Eve
     assert walker.event().seq == stopped.seq + 1
 
 
+@pytest.mark.rule("3.47")
 def test_commands_of_the_vm_are_served_while_every_vcpu_waits(walker: Walker) -> None:
     walker.enable(EventId.HYPERCALL)
     events = [walker.event() for _ in walker.vcpus]
@@ -68,6 +70,7 @@ def test_commands_of_the_vm_are_served_while_every_vcpu_waits(walker: Walker) ->
         walker.session.reply(event)
 
 
+@pytest.mark.rule("4.53", "4.52")
 def test_a_waiting_vcpu_stands_still_and_the_others_run(walker: Walker, stopped: Event) -> None:
     walker.advances(1)
     before = walker.iterations(0)
@@ -77,6 +80,7 @@ def test_a_waiting_vcpu_stands_still_and_the_others_run(walker: Walker, stopped:
     walker.session.reply(stopped)
 
 
+@pytest.mark.rule("3.52")
 def test_a_pause_waits_for_the_event_and_the_commands_before_it(walker: Walker, stopped: Event) -> None:
     session = walker.session
     session.pause_vcpu(0)
@@ -90,6 +94,7 @@ def test_a_pause_waits_for_the_event_and_the_commands_before_it(walker: Walker, 
     session.reply(paused)
 
 
+@pytest.mark.rule("3.18")
 def test_set_registers_takes_effect_with_the_reply(walker: Walker, stopped: Event) -> None:
     session = walker.session
     session.set_registers(0, stopped.registers._replace(r14=0x1122334455667788, r15=42))
@@ -99,6 +104,7 @@ def test_set_registers_takes_effect_with_the_reply(walker: Walker, stopped: Even
     assert (after.r14, after.r15) == (0x1122334455667788, 42)
 
 
+@pytest.mark.rule("3.20")
 def test_the_last_set_registers_counts(walker: Walker, stopped: Event) -> None:
     for value in (1, 2, 3):
         walker.session.set_registers(0, stopped.registers._replace(r15=value))
@@ -106,6 +112,7 @@ def test_the_last_set_registers_counts(walker: Walker, stopped: Event) -> None:
     assert walker.event().registers.r15 == 3
 
 
+@pytest.mark.rule("3.18")
 def test_set_registers_moves_rip(walker: Walker, stopped: Event) -> None:
     # mov rax, (the instruction after the hypercall); mov byte [MARK], 0x42; jmp rax
     back = struct.pack("<Q", stopped.rip + 3)
@@ -121,6 +128,7 @@ def test_set_registers_moves_rip(walker: Walker, stopped: Event) -> None:
     session.reply(after)
 
 
+@pytest.mark.rule("3.18")
 def test_set_registers_of_a_paused_vcpu(walker: Walker) -> None:
     walker.hold(0, Station.LONG64, Actions.HYPERCALL)
     walker.session.pause_vcpu(0)
@@ -131,6 +139,7 @@ def test_set_registers_of_a_paused_vcpu(walker: Walker) -> None:
     assert walker.event().registers.r15 == 7
 
 
+@pytest.mark.rule("2.22")
 def test_set_registers_is_forgotten_when_the_session_ends_before_the_reply(
     guest: LiveGuest, walker: Walker, stopped: Event, hooked: Callable[..., Session]
 ) -> None:
@@ -141,6 +150,7 @@ def test_set_registers_is_forgotten_when_the_session_ends_before_the_reply(
     again.advances(0)
 
 
+@pytest.mark.rule("3.51")
 def test_one_write_sets_registers_and_replies_without_answers(walker: Walker, stopped: Event) -> None:
     session = walker.session
     registers = stopped.registers._replace(r15=0xBEEF)
@@ -155,6 +165,7 @@ def test_one_write_sets_registers_and_replies_without_answers(walker: Walker, st
     assert session.get_version().version == 1
 
 
+@pytest.mark.rule("3.44")
 def test_answers_switched_off_from_the_next_command_on(session: Session) -> None:
     # This one is answered; what follows is not, up to the one that switches them on at once.
     session.control_cmd_response(False, now=False)
@@ -163,11 +174,13 @@ def test_answers_switched_off_from_the_next_command_on(session: Session) -> None
     assert session.get_version().version == 1
 
 
+@pytest.mark.rule("3.45")
 def test_a_command_with_data_ends_the_session_while_answers_are_off(session: Session) -> None:
     session.send_raw(answers(1, enable=False, now=True) + message(Command.GET_VERSION, 2, b""))
     await_end(session)
 
 
+@pytest.mark.rule("3.46")
 @pytest.mark.parametrize("number", [60, Command.CONTROL_VE], ids=["unknown", "not served"])
 def test_an_unknown_command_is_refused_even_while_answers_are_off(session: Session, number: int) -> None:
     session.send_raw(answers(1, enable=False, now=True))

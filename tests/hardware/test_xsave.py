@@ -18,6 +18,7 @@ HALF = bytes.fromhex("0000000000000080 fe3f")
 """0.5 as an 80-bit number."""
 
 
+@pytest.mark.rule("3.23")
 @pytest.mark.parametrize("vcpu", [0, 1])
 @pytest.mark.parametrize("data", [bytes(range(16)), bytes(16), b"\xff" * 16], ids=["numbers", "zeros", "ones"])
 def test_it_has_the_sse_registers(puppet: Puppet, vcpu: int, data: bytes) -> None:
@@ -28,6 +29,7 @@ def test_it_has_the_sse_registers(puppet: Puppet, vcpu: int, data: bytes) -> Non
     assert struct.unpack_from("<Q", area, HEADER_AT)[0] & SSE or not any(data)
 
 
+@pytest.mark.rule("3.23")
 def test_it_has_the_x87_registers(puppet: Puppet) -> None:
     puppet.session.write_physical(page(0), struct.pack("<d", 0.5))
     puppet.run(0, "fninit")
@@ -37,10 +39,12 @@ def test_it_has_the_x87_registers(puppet: Puppet) -> None:
     puppet.run(0, "fninit")
 
 
+@pytest.mark.rule("3.23")
 def test_it_has_the_size_of_the_kvm_api(puppet: Puppet) -> None:
     assert len(puppet.session.xsave(0)) == SIZE
 
 
+@pytest.mark.rule("3.23")
 def test_it_is_the_same_while_the_vcpu_waits(puppet: Puppet) -> None:
     puppet.session.write_physical(page(0), b"0123456789abcdef")
     puppet.run(0, "read_sse", rsi=page(0))

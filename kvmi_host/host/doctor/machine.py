@@ -199,14 +199,16 @@ def this_machine(python: str = "", root: Path = Path("/")) -> Machine:
     return Machine.parse(done.stdout)
 
 
-def machine_behind(shell: Shell, deadline: float = DEADLINE) -> Machine:
+def machine_behind(shell: Shell, deadline: float = DEADLINE, *, kernel_alone: bool = False) -> Machine:
     """Look at another machine, as the user that the connection is of.
 
     :param deadline: seconds.
+    :param kernel_alone: only at CPU, KVM and kernel, which takes a tenth of the time.
     :raise SurveyError: what came was not whole: no POSIX shell there, or not in time.
     :raise RemoteError: the connection broke.
     """
-    done = shell.run("sh -s -- / ''", stdin=SURVEY.read_bytes(), deadline=deadline, most=MOST)
+    part = " kernel" if kernel_alone else ""
+    done = shell.run(f"sh -s -- / ''{part}", stdin=SURVEY.read_bytes(), deadline=deadline, most=MOST)
     return Machine.parse(done.stdout or done.stderr)
 
 

@@ -17,6 +17,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "kvmi_host" / "__init__.py").write_text("ONE = 1\n")
     (tmp_path / "tests" / "hardware").mkdir(parents=True)
     (tmp_path / "tests" / "hardware" / "test_x.py").write_text("def test_x(): pass\n")
+    (tmp_path / "kvmi_host" / "hwtest").symlink_to("../tests/hardware")
     (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.0"\nentry-points.handlers.log = "x:y"\n')
     return tmp_path
 
@@ -37,11 +38,10 @@ def test_everything_has_its_place(root: Path, guests: dict[str, Path]) -> None:
         "usr/local/bin/kvmi-host",
         "opt/kvmi-host/lib/kvmi_host/__init__.py",
         "opt/kvmi-host/lib/kvmi_host/__pycache__/__init__.cpython-311.pyc",
-        "opt/kvmi-host/tests/hardware/test_x.py",
-        "opt/kvmi-host/tests/hardware/__pycache__/test_x.cpython-311.pyc",
+        "opt/kvmi-host/lib/kvmi_host/hwtest/test_x.py",
+        "opt/kvmi-host/lib/kvmi_host/hwtest/__pycache__/test_x.cpython-311.pyc",
         "opt/kvmi-host/lib/kvmi_host-1.0.dist-info/METADATA",
         "opt/kvmi-host/lib/kvmi_host-1.0.dist-info/entry_points.txt",
-        "opt/kvmi-host/pyproject.toml",
         "opt/kvmi-host/images/modewalk.elf",
     }
 

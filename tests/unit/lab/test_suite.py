@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What of a kernel's log fails a run, and what does not."""
+"""What of a kernel's log fails a run, and what does not; how the suite is run on a host, and what comes back."""
+
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from kvmi_host.host.kernels import Series
+from kvmi_host.lab import suite
 from kvmi_host.lab.suite import trouble
 
 
@@ -55,3 +60,44 @@ def test_everyday_line_does_not(line: str) -> None:
 def test_what_follows_the_complaint_is_shown() -> None:
     log = "\n".join(["boot", "WARNING: CPU: 0", *(f"frame {number}" for number in range(40))])
     assert trouble(log, context=3) == "boot\nWARNING: CPU: 0\nframe 0\nframe 1"
+
+
+class FakeBox:
+    """A box in which pytest leaves these reports."""
+
+    name = "lab7"
+    series = Series.V6_1
+
+    def __init__(self, folder: Path, reports: dict[str, str]) -> None:
+        self.console_log = folder / "console"
+        self.console_log.write_text("booted\n")
+        self._reports = reports
+        self.ran: list[str] = []
+
+    def deploy(self) -> bool:
+        return True
+
+    def run(self, argv: str | list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        if argv[0] == "cat":
+            (output,) = (text for name, text in self._reports.items() if argv[1].endswith(name))
+            return subprocess.CompletedProcess(argv, 0, output)
+        if "pytest" in argv:
+            self.ran = list(argv)
+        return subprocess.CompletedProcess(argv, 0, "")
+
+
+def test_the_reports_of_a_box_come_along(tmp_path: Path) -> None:
+    box = FakeBox(tmp_path, {"junit.xml": "<testsuites/>", "suite.json": "{}"})
+    reports = tmp_path / "reports"
+    assert suite.run(suite.in_box(box), reports) == 0  # type: ignore[arg-type]
+    assert (reports / "junit.xml").read_text() == "<testsuites/>"
+    assert (reports / "suite.json").read_text() == "{}"
+    assert (reports / "console.log").read_text() == "booted\n"
+
+
+def test_a_host_runs_the_package_by_the_hosts_name(tmp_path: Path) -> None:
+    box = FakeBox(tmp_path, {"junit.xml": "<testsuites/>", "suite.json": "{}"})
+    suite.run(suite.in_box(box), tmp_path / "reports", "breakpoint", ["--seed=3"])  # type: ignore[arg-type]
+    assert "KVMI_HOST_NAME=lab7" in box.ran
+    assert box.ran[box.ran.index("--pyargs") + 1] == "kvmi_host.hwtest"
+    assert box.ran[-3:] == ["-k", "breakpoint", "--seed=3"]
