@@ -91,6 +91,7 @@ def hunt(box: Box, tree: Tree, mutants: Sequence[Mutant], reports: Path) -> Iter
     :raise LabError: a test fails without a mutation, or a mutant cannot be built.
     """
     expected = " or ".join(f"({expression})" for expression in dict.fromkeys(mutant.expected for mutant in mutants))
+    box.up()
     _load(box, tree.modules(None))
     files = {mutant.file for mutant in mutants}
     if trace := _run(box, reports / "control", _CONTROL_DEADLINE, ["-k", expected, *_nothing_but(files)]):
@@ -113,11 +114,10 @@ def hunt(box: Box, tree: Tree, mutants: Sequence[Mutant], reports: Path) -> Iter
 def _load(box: Box, modules: Path) -> None:
     """Have a box that runs, with these modules in place of those that it has."""
     stream = deploy.pack({}, [(_PLACE / name, (modules / name).read_bytes()) for name in MODULES])
-    box.up()
     try:
         box.run(_SWAP, stdin=stream)
     except LabError:
-        # What the last mutant has left in it may keep them in use.
+        # It was taken down, or what the last mutant has left in it keeps them in use.
         box.down()
         box.up()
         box.run(_SWAP, stdin=stream)

@@ -31,15 +31,20 @@ class FakeBox:
         """Files that the last run left out."""
         self.refuses: list[str] = []
         """What it does when it is asked to run something, each once: an error's message, or nothing."""
+        self.is_up = False
 
     def up(self) -> None:
         self.diary.append("up")
+        self.is_up = True
 
     def down(self) -> None:
         self.diary.append("down")
+        self.is_up = False
 
     def run(self, command: object, **_: object) -> None:
         self.diary.append("swap" if "insmod" in str(command) else "ask")
+        if not self.is_up:
+            raise LabError("it does not run")
         if self.refuses and (error := self.refuses.pop(0)):
             raise LabError(error)
 
@@ -90,7 +95,7 @@ def pursue(box: FakeBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
 def test_the_expected_tests_run_without_a_mutation_before_they_run_with_one(box, pursue) -> None:
     pursue([None, FAILED, FAILED], MUTANT, OTHER)
     assert box.diary[:3] == ["up", "swap", "(two) or (three)"]
-    assert box.diary[3:] == ["up", "swap", "two", "up", "swap", "three"]
+    assert box.diary[3:] == ["swap", "two", "swap", "three"]
 
 
 def test_no_other_file_of_the_suite_is_read_but_for_the_whole_suite(box, pursue) -> None:
@@ -129,7 +134,7 @@ def test_one_that_no_test_finds_is_not_caught(pursue) -> None:
 def test_a_complaint_of_the_kernel_is_a_find_and_its_host_is_replaced(box, pursue) -> None:
     verdict, _ = pursue([None, COMPLAINED, FAILED], MUTANT, OTHER)
     assert verdict.trace.how is How.LOG
-    assert box.diary[-5:] == ["two", "down", "up", "swap", "three"]
+    assert box.diary[-7:] == ["two", "down", "swap", "down", "up", "swap", "three"]
 
 
 @pytest.mark.parametrize(("refuses", "how"), [(["", "", "gone"], How.DIED), ([], How.HUNG)])
