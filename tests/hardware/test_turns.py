@@ -22,6 +22,7 @@ def asks(puppet: Puppet, vcpu: int) -> Event:
     return puppet.event()
 
 
+@pytest.mark.rule("4.52")
 def test_a_command_behind_the_reply_is_served_by_a_vcpu_that_has_gone_on(puppet: Puppet) -> None:
     # What comes is read by the vCPU that waits first, whoever it is for: so the other one is handed both at once.
     reader, other = (asks(puppet, vcpu) for vcpu in (0, 1))
@@ -33,6 +34,7 @@ def test_a_command_behind_the_reply_is_served_by_a_vcpu_that_has_gone_on(puppet:
         puppet.finish(vcpu)
 
 
+@pytest.mark.rule("3.52")
 def test_a_pause_comes_after_the_event_of_an_exception_that_is_injected(puppet: Puppet) -> None:
     session = puppet.session
     session.control_events(0, EventId.TRAP, True)
