@@ -155,17 +155,17 @@ def test_a_vcpu_goes_from_16_through_32_to_64_bits_and_stays_there(boot: Boot, v
 @pytest.mark.parametrize("vcpu", range(VCPUS))
 def test_a_write_that_changes_the_mode_is_told_in_the_mode_before(boot: Boot, vcpu: int) -> None:
     events = boot.of(vcpu)
-    # Linux' last way to protected mode, and its only one to long mode.
+    # Linux' own way to protected mode is the last one. For page tables of five levels it goes to long mode once more.
     (*_, to_protected) = [
         seen for seen in events if seen.what == "cr0" and seen.new & CR0_PE and seen.row == (0, 0, 0, 0)
     ]
-    (paging,) = [seen for seen in events if seen.what == "cr0" and seen.new & CR0_PG and not seen.row[0]]
+    to_long = [seen for seen in events if seen.what == "cr0" and seen.new & CR0_PG and not seen.row[0]]
     assert to_protected.mode == 2
-    assert (paging.mode, paging.row) == (4, (0, 1, 0, 1))
-    before = events[events.index(to_protected) : events.index(paging)]
+    assert {(seen.mode, seen.row) for seen in to_long} == {(4, (0, 1, 0, 1))}
+    before = events[events.index(to_protected) : events.index(to_long[0])]
     assert any(seen.what == "efer" and seen.new & EFER_LME and seen.mode == 4 for seen in before)
     assert any(seen.what == "cr4" and seen.new & CR4_PAE for seen in before)
-    after = events[events.index(paging) + 1 :]
+    after = events[events.index(to_long[-1]) + 1 :]
     assert {seen.mode for seen in after} == {8}
     assert any(seen.rip >= KERNEL_HALF for seen in after)
 
