@@ -60,6 +60,14 @@ storm: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
 storm: ## Events of every kind on VCPUS=8 at once, answered at random, for MINUTES=5
 	@$(CAMPAIGN) -k "test_fuzz and storm" -- --seed $(SEED) --storm-seconds $$((60 * $(MINUTES))) --storm-vcpus $(VCPUS)
 
+.PHONY: nightly
+nightly: ## The hardware suite on every host of INVENTORY=ci/lab.toml, fuzzing, MUTANTS=1; report/index.html (docs/nightly.md)
+	@$(IN_ENVIRONMENT) exec ci/nightly
+
+.PHONY: mutants
+mutants: ## Break the kernel part in each way of kernel/mutants: the suite has to catch it; KERNEL; K=name some of them
+	@$(IN_ENVIRONMENT) kvmi-host mutants --report build/mutants-$(KERNEL) $(if $(K),-k "$(K)")
+
 .PHONY: kvm-selftests
 kvm-selftests: ## KVM's own selftests with stock modules and with ours, compared; KERNEL, CPU, T=regex chooses tests
 	@$(IN_ENVIRONMENT) kvmi-host selftests $(if $(T),-k "$(T)")

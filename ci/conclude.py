@@ -2,7 +2,8 @@
 """conclude.py REPORT "PART SECONDS STATUS"...: what a night came to, from its parts' exit statuses. See ci/nightly.
 
 The suite's page and junit.xml are told what ran beside it: a part that failed is a failed test. Where the suite left no
-page, there is a plain one that says why. summary.md has it all in short. Exit status: 0 if every part ran and passed.
+page, there is a plain one that says why: also where nothing of this tree can be imported. summary.md has it all in
+short. Exit status: 0 if every part ran and passed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import html
 import json
 import sys
 from pathlib import Path
-
-from kvmi_host.lab import junit
-from kvmi_host.lab.progress import tail
+from xml.etree.ElementTree import Element, ElementTree, SubElement
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Nightly: failed</title>
@@ -32,18 +31,21 @@ def conclude(report: Path, parts: list[tuple[str, int, str]]) -> int:
     :param parts: name, seconds, and the exit status or ``not-run`` of each.
     :return: the night's exit status.
     """
-    log = tail(report / "nightly.log", 40)
+    log = "\n".join((report / "nightly.log").read_text(errors="replace").splitlines()[-40:])
     page, results = report / "index.html", report / "junit.xml"
     if not page.exists():
         page.write_text(PAGE.format(log=html.escape(log)))
-    if not results.exists():
-        results.write_text('<testsuites><testsuite name="night" tests="0" failures="0"/></testsuites>')
     has_night = (report / "night.json").exists()
     # What failed in the suite is in its report, test by test.
     beside = [part for part in parts if part[0] != "suite" or not has_night]
-    for name, _, status in beside:
-        if status != "0":
-            junit.add_failure(results, "nightly", f"test_{name}", f"{name}: {outcome(status)}", log)
+    failures = {f"test_{name}": f"{name}: {outcome(status)}" for name, _, status in beside if status != "0"}
+    if results.exists():
+        from kvmi_host.lab import junit
+
+        for name, message in failures.items():
+            junit.add_failure(results, "nightly", name, message, log)
+    else:
+        write_junit(failures, log, results)
     if beside:
         said = "; ".join(f"{name} {outcome(status)}" for name, _, status in beside)
         note = f'<p>{"Beside the suite: " if has_night else ""}{said} (<a href="nightly.log">nightly.log</a>).</p>'
@@ -52,6 +54,15 @@ def conclude(report: Path, parts: list[tuple[str, int, str]]) -> int:
     (report / "summary.md").write_text(summary + "\n")
     sys.stdout.write(f"\n{summary}\n\n{page}\n")
     return int(any(status != "0" for _, _, status in parts))
+
+
+def write_junit(failures: dict[str, str], log: str, results: Path) -> None:
+    """A report of these failures alone."""
+    count = str(len(failures))
+    suite = Element("testsuite", name="nightly", tests=count, failures=count)
+    for name, message in failures.items():
+        SubElement(SubElement(suite, "testcase", classname="nightly", name=name), "failure", message=message).text = log
+    ElementTree(suite).write(results, encoding="utf-8", xml_declaration=True)
 
 
 def outcome(status: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Sequence
 
 from kvmi_host.attach.errors import AlreadyHooked, AttachError
@@ -92,6 +93,15 @@ def run_with_session(target: Target, command: Sequence[str], rules: Policy, *, m
 
 
 def _wait_for(child: int) -> int:
+    us = threading.get_ident()
+
+    def tell() -> None:
+        # The SIGCHLD of the process may go to a thread that does not block it, and be lost.
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        signal.pthread_kill(us, signal.SIGCHLD)
+
+    # It blocks what we do.
+    threading.Thread(target=tell, daemon=True).start()
     while True:
         got = signal.sigwaitinfo(_PASSED_ON | {signal.SIGCHLD})
         if got.si_signo == signal.SIGCHLD:

@@ -30,6 +30,7 @@ _VERBS = {
     "inventory": "kvmi_host.cli.inventory",
     "bench": "kvmi_host.cli.bench",
     "selftests": "kvmi_host.cli.selftests",
+    "mutants": "kvmi_host.cli.mutants",
 }
 """Each module holds a Typer application ``app``."""
 

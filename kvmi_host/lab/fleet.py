@@ -6,6 +6,7 @@ Whatever becomes of a host, the others go on; what became of it is a state and a
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ def run_fleet(
 
     :param hosts: each of another name.
     :param arguments: more of them for pytest.
-    :param forks: how many hosts at once; boxes, which take memory, as many as there is memory for.
+    :param forks: how many hosts at once; boxes as many as there are CPUs and memory for.
     :param stop: when it is set, every suite is ended, and what there is is collected.
     :param watch: called with a host's part when there is something new about it, on any thread.
     """
@@ -118,9 +119,9 @@ def _not_begun(host: LabHost) -> HostRun:
 
 
 def _boxes_at_once() -> int:
-    """How many boxes there is memory for; one in any case."""
+    """How many boxes there are CPUs and memory for; one in any case."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return max(1, int(found[1]) // _BOX_KIB if found else 1)
+    return max(1, min(os.cpu_count() or 1, int(found[1]) // _BOX_KIB if found else 1))
 
 
 def _on(part: Part, plan: Plan, patience: Patience, places: Places) -> str:

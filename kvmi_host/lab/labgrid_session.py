@@ -250,7 +250,11 @@ class Session:
 
     async def _places(self) -> list[Place]:
         # What it told us about so far is what there was before this.
-        if not await asyncio.wait_for(self._client.sync_with_coordinator(), _ANSWERS_WITHIN):
+        synced = False
+        if self.alive:
+            with suppress(TimeoutError):
+                synced = await asyncio.wait_for(self._client.sync_with_coordinator(), _ANSWERS_WITHIN)
+        if not synced:
             raise CoordinatorGone(f"labgrid's coordinator {self.coordinator} went away")
         return [self._place(place) for _, place in sorted(self._client.places.items())]
 

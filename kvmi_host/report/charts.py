@@ -36,6 +36,7 @@ _LABEL = 52  # pixels that a date takes
 _MOST_POINTS = 160
 _BINS = 48
 _NIGHT = 12  # pixels that a night takes in a strip
+_STRIP = 500  # ... and that many nights take together, if they can
 
 
 def latency(values: Sequence[float], domain: tuple[float, float], unit: str) -> Markup:
@@ -76,7 +77,11 @@ def soak(rates: Sequence[Point], gaps: Sequence[Point] | None) -> Markup:
     """
     height, top, base, lane = 124, 8, 76, 98
     missing = [(when, gap) for when, gap in gaps or () if gap > 0]
-    lost = f"{number(sum(gap for _, gap in missing))} gaps at {len(missing)} times" if missing else "no gaps"
+    lost = (
+        f"{number(sum(gap for _, gap in missing))} gaps, in {len(missing)} of {len(gaps)} samples"
+        if gaps and missing
+        else "no gaps"
+    )
     heights, end = [rate for _, rate in rates], rates[-1][0]
     chart = _svg(
         _WIDTH,
@@ -152,34 +157,37 @@ def strip(name: str, nights: Sequence[PastNight]) -> Markup:
     """A host's nights in a row: low where all passed, high where something failed, crossed where it did not finish."""
     failed = sum(1 for night in nights if (host := night.hosts.get(name)) and host.failed)
     here = sum(1 for night in nights if name in night.hosts)
+    step = min(_NIGHT, max(_STRIP / len(nights), 8))
+    wide = step - 2
     chart = _svg(
-        len(nights) * _NIGHT, 22, f"{name}: its nights", f"{here} nights, of which {failed} had failures; newest last."
+        len(nights) * step, 22, f"{name}: its nights", f"{here} nights, of which {failed} had failures; newest last."
     )
     for index, night in enumerate(nights):
-        left = index * _NIGHT + 1
+        left = index * step + 1
         group = SubElement(chart, "g")
         host = night.hosts.get(name)
         if host is None:
             said = "was not there"
-            _add(group, "circle", "absent", cx=left + 5, cy=18, r=1.5)
+            _add(group, "circle", "absent", cx=left + wide / 2, cy=18, r=1.5)
         elif host.state != "finished":
             said = (
                 f"was {host.state}" if host.state in ("lost", "refused", "interrupted", "unreachable") else host.state
             )
-            _add(group, "path", "cross", d=f"M{left + 1} 9l8 10m0 -10l-8 10")
+            _add(group, "path", "cross", d=f"M{_px(left + 1)} 9l{_px(wide - 2)} 10m0 -10l-{_px(wide - 2)} 10")
         elif host.failed:
             said = f"{host.failed} failed"
-            _add(group, "rect", "bad", x=left, y=3, width=10, height=17)
+            _add(group, "rect", "bad", x=left, y=3, width=wide, height=17)
         else:
             said = f"{host.passed:,} passed"
-            _add(group, "rect", "good", x=left, y=13, width=10, height=7)
+            _add(group, "rect", "good", x=left, y=13, width=wide, height=7)
         SubElement(group, "title").text = f"{_day(night.started)}: {said}"
     return _text_of(chart)
 
 
 def sparkline(name: str, values: Sequence[float | None]) -> Markup:
     """A host's numbers by night, the newest marked; where there was none the line goes on."""
-    width, height = max(len(values) * _NIGHT, 2 * _NIGHT), 26
+    step = min(_NIGHT, _STRIP / 2 / len(values))
+    width, height = max(len(values), 2) * step, 26
     there = [(index, value) for index, value in enumerate(values) if value is not None]
     low, high = min(value for _, value in there), max(value for _, value in there)
     chart = _svg(
@@ -191,7 +199,7 @@ def sparkline(name: str, values: Sequence[float | None]) -> Markup:
     # What is within a fifth of the others is noise, and looks like it.
     middle = median(value for _, value in there)
     y = linear((min(low, 0.8 * middle), max(high, 1.2 * middle)), (height - 4, 4))
-    points = [(index * _NIGHT + _NIGHT / 2, y(value)) for index, value in there]
+    points = [((index + 0.5) * step, y(value)) for index, value in there]
     _add(chart, "polyline", "line", points=_points(points))
     _add(chart, "circle", "dot", cx=points[-1][0], cy=points[-1][1], r=2.5)
     return _text_of(chart)

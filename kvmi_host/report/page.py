@@ -249,12 +249,12 @@ def _charts(hosts: Sequence[HostResults]) -> list[_Charts]:
         measured = host.suite.measured if host.suite else lambda name: None
         latency, rates = measured(LATENCY), _over_time(measured(RATE))
         unit = _unit(latency.unit) if latency else ""
-        shown = [(f"p{percent}", percentile(values, percent)) for percent in (50, 90, 99) if values]
-        shown += [("max", values[-1])] if values else []
+        told = [(f"p{percent}", percentile(values, percent)) for percent in (50, 90, 99) if values]
+        told += [("max", values[-1])] if values else []
         found.append(
             _Charts(
                 charts.latency(values, domain, unit) if values else None,
-                [(name, f"{number(value)} {unit}") for name, value in shown],
+                [(name, f"{number(value)} {unit}") for name, value in told],
                 len(values),
                 charts.soak(rates, _over_time(measured(GAPS)) or None) if rates else None,
             )

@@ -16,6 +16,7 @@ from kvmi_host.lab import junit
 from kvmi_host.report.errors import ReportError
 
 _MAX_FILE = 64 << 20  # bytes
+_MAX_DEPTH = 8  # of elements below a suite; pytest has three
 _MAX_TRACE = 6_000  # characters; the end counts, which says what went wrong
 _SUITE = re.compile(r"(?:.*\.)?(?:hardware|hwtest)\.")
 """What stands before the module in a class name, whichever way the suite was started."""
@@ -29,9 +30,15 @@ def read_junit(file: Path) -> list[Element]:
     try:
         if file.stat().st_size > _MAX_FILE:
             raise ReportError(f"it has more than {_MAX_FILE >> 20} MiB")
-        return junit.suites(file)
+        suites = junit.suites(file)
     except (OSError, ValueError, ParseError) as error:
         raise ReportError(printable(str(error))) from error
+    level: list[Element] = suites
+    for _ in range(_MAX_DEPTH):
+        level = [inner for element in level for inner in element]
+    if level:
+        raise ReportError(f"its elements are more than {_MAX_DEPTH} deep")  # who writes them goes down by recursion
+    return suites
 
 
 def module_of(case: Element) -> str:

@@ -23,13 +23,14 @@ LATENCY, RATE, GAPS = "event round trip", "soak: events a second", "soak: gaps"
 
 _MAX_FILE = 32 << 20  # bytes
 _MAX_TESTS = 20_000
-_MAX_RULES = 2_000
+_MAX_RULES = 1_000
 _MAX_GROUPS = 200
 _MAX_MEASUREMENTS = 200
 _MAX_VALUES = 200_000  # of a measurement
 _MAX_NUMBER = 1e15
 _MAX_NAME = 500  # characters, of what names something; longer ones are cut
-_MAX_TEXT = 4_000  # characters, of a sentence or a message
+_MAX_SENTENCE = 800  # of a rule, or why it was not run
+_MAX_TEXT = 4_000  # of a message
 _MAX_OF_A_TEST = 200  # rules that a test is for, and tests that a rule has
 
 T = TypeVar("T")
@@ -152,9 +153,9 @@ def _rule(item: Mapping[str, Any]) -> Rule:
     return Rule(
         number=_key(item, "number"),
         group=_name(item.get("group", "")),
-        text=_text(item.get("text", "")),
+        text=_sentence(item.get("text", "")),
         outcome=_outcome(item, Outcome),
-        reason=_text(item.get("reason", "")),
+        reason=_sentence(item.get("reason", "")),
         tests=_names(item, "tests"),
     )
 
@@ -226,6 +227,10 @@ def _key(item: Mapping[str, Any], key: str) -> str:
 
 def _name(value: object) -> str:
     return _cut(value, _MAX_NAME).replace("\n", " ")
+
+
+def _sentence(value: object) -> str:
+    return _cut(value, _MAX_SENTENCE)
 
 
 def _text(value: object) -> str:

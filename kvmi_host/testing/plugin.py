@@ -21,7 +21,7 @@ import pytest
 
 from kvmi_host.host import HostError
 from kvmi_host.testing.rules import PROPERTIES, SELF_CHECKS, SERVICES, Host, Rule, Rules, RulesError, read_rules
-from kvmi_host.testing.suite_report import FAILED, NOT_APPLICABLE, PASSED, Measurement, SuiteReport
+from kvmi_host.testing.suite_report import FAILED, NOT_APPLICABLE, NOT_RUN, PASSED, Measurement, SuiteReport
 
 PACKAGE = "kvmi_host.hwtest"
 """The suite, as ``pytest --pyargs`` takes it."""
@@ -222,7 +222,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     outcomes = report.outcomes()
     terminalreporter.section("rules")
-    for name in (PASSED, FAILED, NOT_APPLICABLE, "not run"):
+    for name in (PASSED, FAILED, NOT_APPLICABLE, NOT_RUN):
         count = sum(outcome.outcome == name for outcome in outcomes)
         terminalreporter.write_line(f"{name:<16}{count:>4}", red=name == FAILED and count > 0)
     for outcome in outcomes:

@@ -75,6 +75,7 @@ def lacking(
     """What a host lacks of what rules and tests may need, each with the reason.
 
     :param ours: its kernel part is this project's, not KVM-VMI's.
+    :param first_number: that kernel part lets a test say from which number a session counts its events.
     """
     lacks = {} if ours else dict.fromkeys((ATTACHING, OBSERVING, SHORT_REPLIES), _THEIRS)
     if paging is Paging.NESTED:

@@ -115,10 +115,11 @@ def begun(guest: LiveGuest, puppet: Puppet) -> Event:
 
 
 def added(guest: LiveGuest, puppet: Puppet) -> int:
-    """Plug a vCPU in, have it started and let it go: its index."""
+    """Plug a vCPU in, have it started and let it go, until it is at home with the others: its index."""
     event = begun(guest, puppet)
     puppet.session.reply(event)
     puppet.finish(0)
+    puppet.run(event.vcpu, "nops")
     return event.vcpu
 
 

@@ -3,9 +3,11 @@
 
 import errno
 import os
+import signal
 import socket
 import sys
 from threading import Thread
+from time import monotonic
 
 import pytest
 
@@ -19,6 +21,7 @@ from kvmi_host.attach import (
     detach,
     find_target,
     hand_over,
+    handover,
     run_with_session,
 )
 from kvmi_host.introspect import Listener, SessionClosed
@@ -166,6 +169,21 @@ def test_a_program_gets_the_session_as_in_socket_activation(simulated_vm, vm, st
 def test_a_program_that_is_not_there_is_127(simulated_vm, vm, capfd):
     assert run_with_session(find_target(vm), ["no-such-program"], FULL) == 127
     assert "no-such-program: No such file" in capfd.readouterr().err
+
+
+def test_the_end_of_a_program_is_seen_when_another_thread_was_told_of_it(simulated_vm, vm, monkeypatch):
+    wait_for = handover._wait_for
+
+    def late(child):
+        """Wait when SIGCHLD has come and gone: the simulated VM's threads do not block it."""
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        deadline = monotonic() + 60
+        while signal.SIGCHLD in signal.sigpending():
+            assert monotonic() < deadline
+        return wait_for(child)
+
+    monkeypatch.setattr(handover, "_wait_for", late)
+    assert run_with_session(find_target(vm), ["true"], FULL) == 0
 
 
 def test_detaching_asks_first(simulated_vm, vm):

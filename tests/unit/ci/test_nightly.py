@@ -149,6 +149,15 @@ def test_a_suite_that_leaves_nothing_leaves_a_page_that_says_why(night: Night, t
     assert failures(tree) == {"test_suite": "suite: failed with status 2"}
 
 
+def test_a_tree_that_cannot_be_imported_leaves_a_page(night: Night, tree: Path) -> None:
+    script(tree / "bin/kvmi-host", "python -c 'import kvmi_host'")
+    (tree / "broken").mkdir()
+    (tree / "broken/kvmi_host.py").write_text("raise ImportError('it is broken')")
+    assert night(PYTHONPATH=str(tree / "broken")).returncode == 1
+    assert "ImportError: it is broken" in (tree / "report/index.html").read_text()
+    assert failures(tree) == {"test_suite": "suite: failed with status 1"}
+
+
 def test_what_the_last_night_left_is_not_taken_for_this_ones(night: Night, tree: Path) -> None:
     night(MUTANTS="1")
     script(tree / "bin/kvmi-host", "exit 2")

@@ -132,7 +132,8 @@ def test_zsh_and_fish_are_offered_the_same():
 
 
 def test_no_verb_installs_a_completion_of_its_own():
-    for verb in ("doctor", "lab", "guest", "attach", "detach", "agent", "replay", "hwtest", "bench", "selftests"):
+    lab = ("lab", "hwtest", "bench", "selftests", "mutants")
+    for verb in ("doctor", "guest", "attach", "detach", "agent", "replay", *lab):
         assert not {"--install-completion", "--show-completion"} & set(bash("kvmi-host", verb, "--"))
 
 

@@ -86,7 +86,14 @@ def test_a_complaint_that_the_suite_has_noticed_itself_is_there_once(merged):
     assert found == {"hardware.lab7.kernel_log.test_no_complaint": "W"}
 
 
-@pytest.mark.parametrize("text", ["", "<testsuites>", "no XML", '<!DOCTYPE a [<!ENTITY b "c">]><a>&d;</a>'])
+DEEP = "<testsuite>" + "<a>" * 100_000 + "</a>" * 100_000 + "</testsuite>"
+BOMB = "".join(f'<!ENTITY e{level + 1} "{f"&e{level};" * 10}">' for level in range(9))
+BOMB = f'<!DOCTYPE a [<!ENTITY e0 "boom">{BOMB}]><testsuite>&e9;</testsuite>'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<testsuites>", "no XML", DEEP, BOMB], ids=["empty", "open", "none", "deep", "entities"]
+)
 def test_a_junit_xml_that_is_none_is_its_hosts_failure_alone(merged, text):
     root = merged(
         MadeUpHost("lab7"),

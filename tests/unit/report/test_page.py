@@ -119,7 +119,7 @@ def test_a_rule_shows_its_outcome_on_each_host_and_why_it_was_not_applicable(wri
 
 def test_tests_that_are_for_no_rule_are_shown_as_the_hosts_own_software(written):
     text = written(MadeUpHost("a", without={"": "no libvirt"}))[1]
-    assert "The host's own software test_guide.py::test_the_guide_runs not applicable on a: no libvirt" in text
+    assert "The host's own software a test_guide.py::test_the_guide_runs not applicable on a: no libvirt" in text
 
 
 def test_links_lead_to_files_and_places_that_there_are(tmp_path):

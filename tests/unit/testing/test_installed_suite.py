@@ -26,9 +26,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of Python's path with what a wheel of this tree brings."""
     folder = tmp_path_factory.mktemp("wheel")
     # Without what is compiled: nothing is to change in this tree.
-    run(
-        sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=ROOT, HATCH_BUILD_NO_HOOKS="1"
-    )
+    build = (sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder))
+    run(*build, cwd=ROOT, HATCH_BUILD_NO_HOOKS="1")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site")
@@ -38,8 +37,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def collect(*arguments: str, cwd: Path, path: Path) -> list[str]:
     """The names of the tests that pytest collects, without their folders."""
     argv = [sys.executable, "-m", "pytest", "--collect-only", "-q", *arguments]
-    output = run(*argv, cwd=cwd, PYTHONPATH=str(path))
-    return [line[line.index("test_") :] for line in output.splitlines() if "::" in line]
+    ids = (line.partition("::") for line in run(*argv, cwd=cwd, PYTHONPATH=str(path)).splitlines() if "::" in line)
+    return [f"{Path(file).name}::{name}" for file, _, name in ids]
 
 
 @pytest.fixture(scope="module")

@@ -120,20 +120,23 @@ def test_where_a_rule_does_not_hold_there_is_a_reason(rule: Rule, reason: str) -
     assert rule.not_here(HOST) == reason
 
 
+WHOLE = {"ours": True, "checks_itself": True, "systemd": True, "first_number": True}
+
+
 def test_every_host_lacks_one_kind_of_paging_and_of_pages() -> None:
     for paging in Paging:
         for intel in (False, True):
-            lacks = lacking(ours=True, paging=paging, intel=intel, checks_itself=True, systemd=True)
+            lacks = lacking(paging=paging, intel=intel, **WHOLE)
             assert len(lacks) == 2
             assert f"{paging} paging" not in lacks
             assert all(lacks.values())
 
 
 def test_a_kernel_that_is_not_ours_lacks_what_we_have_added() -> None:
-    lacks = lacking(ours=False, paging=Paging.NESTED, intel=False, checks_itself=True, systemd=True)
+    lacks = lacking(paging=Paging.NESTED, intel=False, **WHOLE | {"ours": False})
     assert {"attach from outside", "observing sessions", "short replies"} <= set(lacks)
 
 
 def test_what_a_host_may_lack_is_what_a_rule_may_need() -> None:
-    lacks = lacking(ours=False, paging=Paging.SHADOW, intel=True, checks_itself=False, systemd=False)
+    lacks = lacking(paging=Paging.SHADOW, intel=True, **dict.fromkeys(WHOLE, False))
     assert set(lacks) <= set(PROPERTIES)

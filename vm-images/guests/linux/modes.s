@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 #
-# A program for x86-64 Linux that runs in each of the modes that user code there can be in, one after the other, for
-# ever, and makes the KVMI hypercall in each: 32 bits, 64 bits, 16 bits. It is a static 32-bit ELF, to be the first
-# process, and asks the kernel for nothing but a 16-bit code segment.
+# A program for x86-64 Linux that runs as 32-bit code and as 64-bit code in turn, for ever, and makes the KVMI hypercall
+# in each. It is a static 32-bit ELF, to be the first process, and asks the kernel for nothing. Code of 16 bits would
+# need a segment of the LDT, which Debian's cloud kernels (without CONFIG_X86_16BIT) do not give.
 
 	.equ USER32,		0x23		# the kernel's segments for user code: arch/x86/include/asm/segment.h
 	.equ USER64,		0x33
-	.equ USER16,		0x07		# entry 0 of the LDT
-
-	.equ SYS_MODIFY_LDT,	123
-	.equ WRITE_LDT,		0x11
 
 	.equ HYPERCALL,		34
 	.equ HYPERCALL_EVENT,	24
@@ -34,13 +30,8 @@ _start:
 	cmp $0x444d4163, %ecx			# Authenti"cAMD"
 	je 1f
 	cmp $0x656e6975, %ecx			# HygonGen"uine"
-	jne 2f
+	jne round
 1:	inc %ebp
-2:	mov $SYS_MODIFY_LDT, %eax
-	mov $WRITE_LDT, %ebx
-	mov $segment16, %ecx
-	mov $segment16_end - segment16, %edx
-	int $0x80
 
 round:
 	mov $HYPERCALL, %eax
@@ -53,21 +44,9 @@ in64:
 	mov $HYPERCALL, %eax
 	mov $HYPERCALL_EVENT, %edi
 	hypercall
-	ljmp *to16(%rip)
+	ljmp *to32(%rip)
 
-	.code16
-in16:
-	mov $HYPERCALL, %eax
-	mov $HYPERCALL_EVENT, %ebx
-	hypercall
-	ljmpl $USER32, $round
-
-	.data
-to16:
-	.long 0
-	.word USER16
-
-# struct user_desc: entry, base, limit, and flags: code, usable, 16 bits.
-segment16:
-	.long 0, in16, 0xfff, 0x44
-segment16_end:
+	.section .rodata
+to32:
+	.long round
+	.word USER32
