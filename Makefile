@@ -60,13 +60,18 @@ storm: SEED ?= $(shell od -An -N4 -tu4 /dev/urandom)
 storm: ## Events of every kind on VCPUS=8 at once, answered at random, for MINUTES=5
 	@$(CAMPAIGN) -k "test_fuzz and storm" -- --seed $(SEED) --storm-seconds $$((60 * $(MINUTES))) --storm-vcpus $(VCPUS)
 
+.PHONY: soak
+soak: MINUTES ?= 60
+soak: ## Events of every kind without a pause for MINUTES=60: rate, gaps, and what grows
+	@$(CAMPAIGN) -k test_soak -- --soak-seconds $$((60 * $(MINUTES)))
+
 .PHONY: nightly
 nightly: ## The hardware suite on every host of INVENTORY=ci/lab.toml, fuzzing, MUTANTS=1; report/index.html (docs/nightly.md)
 	@$(IN_ENVIRONMENT) exec ci/nightly
 
 .PHONY: mutants
-mutants: ## Break the kernel part in each way of kernel/mutants: the suite has to catch it; KERNEL; K=name some of them
-	@$(IN_ENVIRONMENT) kvmi-host mutants --report build/mutants-$(KERNEL) $(if $(K),-k "$(K)")
+mutants: ## Break the kernel part in one way after the other: the suite has to find it; KERNEL, NAMES='seq- padding' choose
+	@$(IN_ENVIRONMENT) kvmi-host mutants $(foreach name,$(NAMES),-k "$(name)")
 
 .PHONY: kvm-selftests
 kvm-selftests: ## KVM's own selftests with stock modules and with ours, compared; KERNEL, CPU, T=regex chooses tests

@@ -131,7 +131,8 @@ def host_image() -> HostImage:
         env = {"KVMI_PYTHON": sys.executable}
         build("building the disk of the host in a box", [recipe / "build", out, *releases], env)
 
-    return HostImage(cache.entry("host", key, make))
+    # Another checkout's box may be up from its own.
+    return HostImage(cache.entry("host", key, make, keep=2))
 
 
 def _debug_kernel() -> HostKernel:
