@@ -121,7 +121,7 @@ class _Rules(paramiko.ServerInterface):
                 process.stdin.close()
             for thread in passing:
                 thread.join()
-        with suppress(OSError):  # the client may have gone
+        with suppress(OSError, EOFError):  # the client may have gone
             channel.send_exit_status(process.returncode)
             channel.close()
 
@@ -134,14 +134,15 @@ class _Rules(paramiko.ServerInterface):
 
 def _pass_output(source: IO[bytes], send: Callable[[bytes], object]) -> None:
     """Pass on what a program writes, as it comes; one whose reader has gone has its pipe closed."""
-    with source, suppress(OSError):
+    with source, suppress(OSError, EOFError):
         while piece := os.read(source.fileno(), 65536):
             send(piece)
 
 
 def _pass(source: socket.socket | paramiko.Channel, to: socket.socket | paramiko.Channel) -> None:
     """Pass on what comes, until it ends."""
-    with suppress(OSError):  # the other direction has ended
+    with suppress(OSError, EOFError):  # the other direction has ended
         while piece := source.recv(65536):
             to.sendall(piece)
-    to.close()
+    with suppress(EOFError):  # so has the connection
+        to.close()
