@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 
 from kvmi_host.attach.errors import AlreadyHooked, AttachError
 from kvmi_host.attach.methods import choose, require_full
@@ -97,8 +98,9 @@ def _wait_for(child: int) -> int:
 
     def tell() -> None:
         # The SIGCHLD of the process may go to a thread that does not block it, and be lost.
-        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-        signal.pthread_kill(us, signal.SIGCHLD)
+        with suppress(ChildProcessError):  # it went where it should
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+            signal.pthread_kill(us, signal.SIGCHLD)
 
     # It blocks what we do.
     threading.Thread(target=tell, daemon=True).start()
