@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from threading import Thread
+from threading import Event, Thread
 from time import monotonic
 
 import pytest
@@ -175,7 +175,7 @@ def test_the_end_of_a_program_is_seen_when_another_thread_was_told_of_it(simulat
     wait_for = handover._wait_for
 
     def late(child):
-        """Wait when SIGCHLD has come and gone: the simulated VM's threads do not block it."""
+        """Wait when SIGCHLD has come and gone."""
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
         deadline = monotonic() + 60
         while signal.SIGCHLD in signal.sigpending():
@@ -183,7 +183,14 @@ def test_the_end_of_a_program_is_seen_when_another_thread_was_told_of_it(simulat
         return wait_for(child)
 
     monkeypatch.setattr(handover, "_wait_for", late)
-    assert run_with_session(find_target(vm), ["true"], FULL) == 0
+    over = Event()
+    other = Thread(target=over.wait)  # blocks no signal
+    other.start()
+    try:
+        assert run_with_session(find_target(vm), ["true"], FULL) == 0
+    finally:
+        over.set()
+        other.join()
 
 
 def test_detaching_asks_first(simulated_vm, vm):
