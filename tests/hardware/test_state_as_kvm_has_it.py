@@ -42,6 +42,8 @@ MSRS = Msrs(
 )
 INDICES = Msrs(*(NAMES[name.replace("_", "-")] for name in Msrs._fields[:-1]), NAMES["kernel-gs-base"])
 GENERAL = Registers(*(0x0101_0101_0101_0101 * number for number in range(1, 17)), rip=CODE, rflags=0x402)
+LOW = Registers(*(value & 0xFFFF_FFFF for value in GENERAL))
+"""For code that is not 64-bit: the CPU need not keep the upper halves while it runs (Intel's manual, 3.4.1.1)."""
 
 
 def segment(selector: int, base: int, kind: int = 3, **fields: int) -> Segment:
@@ -199,7 +201,7 @@ def test_a_hypercalls_event_tells_the_state_before_it(
     vm: BareVm, session: Session, state: dict[str, object], mode: int
 ) -> None:
     operation = "rdi" if mode == 8 else "rbx"
-    registers = GENERAL._replace(rax=34, **{operation: 24})
+    registers = (GENERAL if mode == 8 else LOW)._replace(rax=34, **{operation: 24})
     before = put(vm, state, HYPERCALL, registers)
     session.pause_vcpu(0)
     with vm.running():

@@ -27,6 +27,7 @@ GENERAL = {
     if name not in {"rsp", "rax", "rdi"}
 }
 RAX_LOW, RDX_HIGH = (1 << 32) - 1, 32
+PRESENT = 1 << 15  # in the second half of a descriptor
 
 
 def stopped_at_its_hypercall(puppet: Puppet, **registers: int) -> Event:
@@ -120,12 +121,15 @@ NAMED_OTHERWISE = {"rflags": "RFL"}
 
 
 def attributes(segment: Segment) -> int:
-    """The flags as a descriptor has them: bits 8 to 23 of its second half. Those of a segment that is not usable count
-    for nothing."""
+    """The flags as a descriptor has them: bits 8 to 23 of its second half."""
     _, _, _, kind, present, dpl, db, s, long, g, avl, unusable = segment
-    if unusable:
-        return 0
-    return kind << 8 | s << 12 | dpl << 13 | present << 15 | avl << 20 | long << 21 | db << 22 | g << 23
+    there = present and not unusable
+    return that_count(kind << 8 | s << 12 | dpl << 13 | there << 15 | avl << 20 | long << 21 | db << 22 | g << 23)
+
+
+def that_count(flags: int) -> int:
+    """The flags of a segment that is not there count for nothing."""
+    return flags & 0x00F0FF00 if flags & PRESENT else 0
 
 
 def of_event(event: Event) -> dict[str, object]:
@@ -147,7 +151,7 @@ def of_monitor(text: str) -> dict[str, object]:
     """What `info registers` prints of a vCPU in 64-bit mode."""
     general: dict[str, object] = {name: int(value, 16) for name, value in REGISTER.findall(text)}
     segments: dict[str, object] = {
-        name: (int(selector, 16), int(base, 16), int(limit, 16), int(flags, 16) & 0x00F0FF00)
+        name: (int(selector, 16), int(base, 16), int(limit, 16), that_count(int(flags, 16)))
         for name, selector, base, limit, flags in SEGMENT.findall(text)
     }
     tables: dict[str, object] = {name: (int(base, 16), int(limit, 16)) for name, base, limit in TABLE.findall(text)}
