@@ -106,11 +106,14 @@ class Introspection:
 
     def end(self) -> None:
         """No more connections."""
-        self._over.set()
         with self._changed:
-            if self.kernel:
-                self.kernel.end("QEMU removed the object")
+            self._over.set()
+            self._end_if_over(self.kernel)
         self._thread.join(10)
+
+    def _end_if_over(self, kernel: SimulatedKernel | None) -> None:
+        if kernel and self._over.is_set():
+            kernel.end("QEMU removed the object")
 
     def _connect(self) -> None:
         while not self._over.is_set():
@@ -132,6 +135,7 @@ class Introspection:
             with self._changed:
                 self.kernel = kernel
                 self._changed.notify_all()
+                self._end_if_over(kernel)  # that came while the handshake was under way
             kernel.wait_ended(threading.TIMEOUT_MAX)
             with self._changed:
                 self.kernel = None
