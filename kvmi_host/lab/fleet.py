@@ -34,7 +34,7 @@ from kvmi_host.lab.part import Part
 from kvmi_host.lab.paths import project_root
 from kvmi_host.lab.progress import told_to
 from kvmi_host.lab.ssh_run import Plan, outcome, run_over_ssh
-from kvmi_host.lab.supervision import BEGIN, Ended, Host, Patience, Places, since
+from kvmi_host.lab.supervision import Ended, Host, Patience, Places
 
 FORKS = 4
 """Hosts at once, unless it is said otherwise."""
@@ -189,7 +189,7 @@ def _in_bochs(part: Part, plan: Plan, patience: Patience) -> str:
         finally:
             dmesg = part.folder / "dmesg.log"
             if dmesg.exists():
-                dmesg.write_text(since(dmesg.read_text(errors="replace"), BEGIN))
+                dmesg.write_text(suite.since(dmesg.read_text(errors="replace"), suite.BEGIN))
             part.warnings = _on_console(part)
     return outcome(part)
 
@@ -198,4 +198,4 @@ def _on_console(part: Part) -> list[str]:
     """The complaints on a box's console."""
     console = part.folder / "console.log"
     log = console.read_text(errors="replace") if console.exists() else ""
-    return list(suite.complaints(since(log, BEGIN)))
+    return list(suite.complaints(suite.since(log, suite.BEGIN)))

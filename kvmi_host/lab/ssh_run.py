@@ -20,7 +20,7 @@ from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.night import State
 from kvmi_host.lab.parcel import OLDEST, Parcel, Python, unpacking
 from kvmi_host.lab.part import Part
-from kvmi_host.lab.supervision import BEGIN, Ended, Host, since
+from kvmi_host.lab.supervision import Ended, Host
 
 _NEEDED = (device, loaded, switch, capability, ptrace)
 _MOST_REPORT = 64 << 20  # bytes
@@ -178,7 +178,7 @@ def _collect(part: Part, host: Host, name: str, before: set[str], ended: Ended |
                     (part.folder / report).write_bytes(found.stdout)
             if ended is None or ended.state is not State.REBOOTED:
                 dmesg = host.run(f"dmesg | tail -c {_MOST_DMESG}", most=_MOST_DMESG).stdout
-                log = since(dmesg.decode(errors="replace"), f"{BEGIN}: {name}")
+                log = suite.since(dmesg.decode(errors="replace"), f"{suite.BEGIN}: {name}")
             left = _tidy(host, name, before)
         except Ended as error:
             left = f"; it could not be tidied up: {error.reason}"

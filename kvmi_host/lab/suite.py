@@ -33,7 +33,8 @@ _DEADLINE = 2400
 _JUNIT, _SUITE, _DMESG = "/run/kvmi-host-junit.xml", "/run/kvmi-host-suite.json", "/run/kvmi-host-dmesg.log"
 REPORTS = {"junit.xml": _JUNIT, "suite.json": _SUITE}
 """What pytest leaves on a host, by its name in the folder."""
-_BEGIN = "kvmi-host: the suite begins"
+BEGIN = "kvmi-host: the suite begins"
+"""What stands in the kernel's log before what a suite brings about there; in a night, its name follows."""
 
 
 def complaints(log: str, context: int = 12) -> Iterator[str]:
@@ -52,6 +53,12 @@ def complaints(log: str, context: int = 12) -> Iterator[str]:
 def trouble(log: str, context: int = 12) -> str:
     """The first of :func:`complaints`, or an empty text."""
     return next(complaints(log, context), "")
+
+
+def since(log: str, mark: str) -> str:
+    """The lines of a kernel's log after the one with a mark; all of it, where the mark is no longer in it."""
+    before, found, after = log.rpartition(mark)
+    return after.partition("\n")[2] if found else before + after
 
 
 def run(runner: Runner, reports: Path, expression: str | None = None, extra: Sequence[str] = ()) -> int:
@@ -76,8 +83,8 @@ def run(runner: Runner, reports: Path, expression: str | None = None, extra: Seq
             raise LabError(f"pytest ended with status {status} and wrote no report")
     finally:
         for log in logs:
-            since = log.read_text(errors="replace").rpartition(_BEGIN)[2] if log.exists() else ""
-            complaint = complaint or trouble(since)
+            said = log.read_text(errors="replace") if log.exists() else ""
+            complaint = complaint or trouble(since(said, BEGIN))
         if complaint:
             say(f"the host's kernel complained while the suite ran (all of it in {reports}):\n{complaint}")
     if not complaint:
@@ -116,7 +123,7 @@ def in_box(box: Box, deadline: float | None = None) -> Runner:
 
     def runner(arguments: Sequence[str], reports: Path) -> int:
         box.deploy()
-        box.run(f"echo '{_BEGIN}' > /dev/kmsg; rm -f {_JUNIT} {_SUITE}")
+        box.run(f"echo '{BEGIN}' > /dev/kmsg; rm -f {_JUNIT} {_SUITE}")
         patience = deadline or _DEADLINE * box.series.patience
         try:
             status = box.run(_deployed(box.name, arguments), deadline=patience, check=False, on_output=show).returncode
@@ -146,7 +153,7 @@ def in_bochs(host: BochsHost, on_output: Callable[[str], None] = show) -> Runner
         pytest = shlex.join(_deployed(host.name, arguments))
         # It has no systemd, which would start libvirt.
         libvirt = "mkdir -p /run/libvirt /run/lock; virtlogd -d; libvirtd -d"
-        command = f"{libvirt}; echo '{_BEGIN}' > /dev/kmsg; {pytest}; status=$?; dmesg > {_DMESG}; (exit $status)"
+        command = f"{libvirt}; echo '{BEGIN}' > /dev/kmsg; {pytest}; status=$?; dmesg > {_DMESG}; (exit $status)"
         try:
             status, found = host.run(command, [*REPORTS.values(), _DMESG], on_output)
         finally:
@@ -162,7 +169,7 @@ def in_bochs(host: BochsHost, on_output: Callable[[str], None] = show) -> Runner
 
 def here(arguments: Sequence[str], reports: Path) -> int:
     """The suite on this machine, whose KVM has introspection; it needs root."""
-    Path("/dev/kmsg").write_text(f"{_BEGIN}\n")
+    Path("/dev/kmsg").write_text(f"{BEGIN}\n")
     package = Path(kvmi_host.__file__).parent
     junit, results = (str(reports / name) for name in REPORTS)
     with _images() as images:

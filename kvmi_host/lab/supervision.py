@@ -21,11 +21,9 @@ from kvmi_host.host.printable import printable
 from kvmi_host.host.remote import Remote
 from kvmi_host.lab import deploy
 from kvmi_host.lab.night import State
+from kvmi_host.lab.suite import BEGIN, since
 
 SCRIPT = Path(__file__).with_name("supervise")
-BEGIN = "kvmi-host: the suite begins"
-"""What stands in the kernel's log before what a suite brings about there; the suite's name follows."""
-
 _BUSY = 75  # the script's status for a host where another suite is at work
 _MOST_LOG = 4 << 20  # bytes of the kernel's log that are kept
 _LONGEST_LINE = 1 << 16
@@ -300,9 +298,3 @@ class _Reader:
 
 class Silence(RemoteError):
     """Nothing comes over a connection that looks well."""
-
-
-def since(log: str, mark: str) -> str:
-    """The lines of a kernel's log after the one with a mark; all of it, where the mark is no longer in it."""
-    before, found, after = log.rpartition(mark)
-    return after.partition("\n")[2] if found else before + after
