@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 _PROC, _SLAB = Path("/proc"), Path("/sys/kernel/slab")
-_CACHES = re.compile(r"(?:kmalloc|kvm|x86_(?:fpu|emulator)|radix_tree)\S*")
+_CACHES = re.compile(r"(?:kmalloc-cg-|kvm|x86_(?:fpu|emulator)|radix_tree)\S*")
+"""All that the kernel part takes is accounted to a memory cgroup (cg). What is not is taken by the rest of the host."""
 _MODULES = ("kvm", "kvm_amd", "kvm_intel")
 
 
 class Footprint(NamedTuple):
     """What is held at a moment.
 
-    :ivar objects: allocated ones by cache, of those that the kernel part takes from, kmalloc's first of all.
+    :ivar objects: allocated ones by cache, of those that the kernel part and KVM take from.
     :ivar unreclaimable_kib: the kernel's slabs that memory pressure does not shrink.
     :ivar vmalloc_kib: what is mapped in the kernel's virtual memory.
     :ivar threads: receiving threads of sessions.

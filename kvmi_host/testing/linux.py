@@ -15,6 +15,9 @@ from kvmi_host.testing.live import DEADLINE, LiveError
 if TYPE_CHECKING:
     import libvirt
 
+PATIENCE = 5 * DEADLINE
+"""Seconds that a boot may take: of a guest in a host that is emulated itself, on a machine that has more to do."""
+
 
 class LinuxGuest:
     """A guest that runs, and its serial log."""
@@ -36,7 +39,7 @@ class LinuxGuest:
         :raise LiveError: none came in time.
         """
         before = self._text()
-        deadline = monotonic() + 2 * DEADLINE
+        deadline = monotonic() + PATIENCE
         while word not in (text := self._text()).removeprefix(before):
             if monotonic() > deadline:
                 raise LiveError(f"no {word!r} came:\n{text[-2000:]}")

@@ -20,12 +20,11 @@ import pytest
 from kvmi_host.attach import attach, detach, find_target
 from kvmi_host.host.footprint import receivers
 from kvmi_host.introspect import CR3, Listener
-from kvmi_host.testing.linux import LinuxGuest, linux_guest
+from kvmi_host.testing.linux import PATIENCE, LinuxGuest, linux_guest
 from kvmi_host.testing.live import DEADLINE
 
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
 
-PATIENCE = 5 * DEADLINE
 HOOKS = Path("/etc/libvirt/hooks/qemu.d")
 
 
