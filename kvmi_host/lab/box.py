@@ -23,6 +23,9 @@ from kvmi_host.lab.paths import program, project_root, run_dir
 from kvmi_host.lab.progress import say, step
 from kvmi_host.lab.ssh import Shell
 
+SSH_NAME = "kvmi-lab"
+"""What a box is called in its own configuration of OpenSSH."""
+
 _BOOT_DEADLINE = 180
 _WARM_DEADLINE = 240
 _RESTORED_DEADLINE = 45
@@ -192,14 +195,19 @@ class Box:
         return self._run / "console.log"
 
     @property
+    def ssh_config(self) -> Path:
+        """How OpenSSH reaches it, as :data:`SSH_NAME`. It is there while the box is up."""
+        return self._run / "ssh_config"
+
+    @property
     def libvirt_uri(self) -> str:
         """The way to its libvirtd from this machine."""
-        return f"qemu+ssh://root@kvmi-lab/system?command={self._run / 'ssh'}"
+        return f"qemu+ssh://root@{SSH_NAME}/system?command={self._run / 'ssh'}"
 
     def ssh_command(self, *command: str) -> list[str]:
         """The OpenSSH command line that runs a command there, or an interactive shell."""
         self._running()
-        return [program("ssh", "openssh-client"), "-F", str(self._run / "ssh_config"), "kvmi-lab", *command]
+        return [program("ssh", "openssh-client"), "-F", str(self.ssh_config), SSH_NAME, *command]
 
     def shell(self, deadline: float = 30) -> Shell:
         """The SSH connection to it, made on first use."""
@@ -254,7 +262,7 @@ class Box:
         }
         config = "\n".join(
             (
-                "Host kvmi-lab",
+                f"Host {SSH_NAME}",
                 f"HostName 127.0.0.1\nPort {port}\nUser root\nHostKeyAlias kvmi-lab",
                 f"IdentityFile {image.key}\nIdentitiesOnly yes",
                 f"UserKnownHostsFile {image.known_hosts}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes",
@@ -262,9 +270,9 @@ class Box:
                 "LogLevel ERROR\n",
             )
         )
-        (self._run / "ssh_config").write_text(config)
+        self.ssh_config.write_text(config)
         wrapper = self._run / "ssh"
-        wrapper.write_text(f'#!/bin/sh\nexec {program("ssh", "openssh-client")} -F {self._run}/ssh_config "$@"\n')
+        wrapper.write_text(f'#!/bin/sh\nexec {program("ssh", "openssh-client")} -F {self.ssh_config} "$@"\n')
         wrapper.chmod(0o700)
         (self._run / "box.json").write_text(json.dumps(record))
 

@@ -25,7 +25,7 @@ from kvmi_host.host.remote import connect
 from kvmi_host.host.vendor import Vendor
 from kvmi_host.lab import suite
 from kvmi_host.lab.bochs import BochsHost
-from kvmi_host.lab.box import Box
+from kvmi_host.lab.box import SSH_NAME, Box
 from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.inventory import LabHost
 from kvmi_host.lab.night import FILE, HostRun, Night, State
@@ -40,7 +40,6 @@ FORKS = 4
 """Hosts at once, unless it is said otherwise."""
 
 _BOX_KIB = 3 << 20  # its memory, and what QEMU needs beside
-_ADDRESS_OF_BOX = "kvmi-lab"
 
 
 def run_fleet(
@@ -154,7 +153,7 @@ def _in_box(part: Part, plan: Plan, patience: Patience, places: Places) -> str:
             box.up()
         except LabError as error:
             raise Ended(State.UNREACHABLE, f"the box did not come up: {error}") from error
-    reach = partial(connect, _ADDRESS_OF_BOX, Path(box.ssh_command()[2]), patience.connecting)
+    reach = partial(connect, SSH_NAME, box.ssh_config, patience.connecting)
     try:
         return _with(Host(reach, box.is_up, plan.stop, patience, places), part, plan)
     finally:
