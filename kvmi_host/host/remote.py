@@ -26,6 +26,10 @@ from kvmi_host.host.errors import RemoteError
 from kvmi_host.host.printable import printable
 from kvmi_host.host.ssh_config import Destination, read_config, resolve
 
+KEEPALIVE = 5
+"""Seconds after which a connection that is silent says something: what forgets idle connections keeps it, and an
+emulated host that waits for a lost interrupt of its timer gets another (docs/emulators.md)."""
+
 _MOST_JUMPS = 8
 _TICK = 1.0  # seconds between two looks at the clock
 # It would write what it raises to standard error, too.
@@ -205,6 +209,9 @@ class _Route:
         self._stack.callback(client.close)
         self._log_in(client, to, way)
         _check_revoked(client, to)
+        transport = client.get_transport()
+        assert transport is not None  # it let us in
+        transport.set_keepalive(KEEPALIVE)
         return client
 
     def _way(self, to: Destination, before: paramiko.SSHClient | None) -> paramiko.Channel | socket.socket:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kvmi_host.host.kernels import Series
+from kvmi_host.host.remote import KEEPALIVE
 from kvmi_host.lab import cache, deploy, images, qemu
 from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.paths import program, project_root, run_dir
@@ -29,6 +30,7 @@ SSH_NAME = "kvmi-lab"
 _BOOT_DEADLINE = 180
 _WARM_DEADLINE = 240
 _RESTORED_DEADLINE = 45
+_PATIENCE = 300  # seconds that it may be too busy to say that it is there
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,7 @@ class Box:
                 f"IdentityFile {image.key}\nIdentitiesOnly yes",
                 f"UserKnownHostsFile {image.known_hosts}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes",
                 f"ControlMaster auto\nControlPath {self._run}/ctl-%C\nControlPersist 20",
+                f"ServerAliveInterval {KEEPALIVE}\nServerAliveCountMax {_PATIENCE // KEEPALIVE}",
                 "LogLevel ERROR\n",
             )
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import paramiko
 
 from kvmi_host.host.errors import RemoteError
-from kvmi_host.host.remote import execute, said
+from kvmi_host.host.remote import KEEPALIVE, execute, said
 from kvmi_host.lab.errors import LabError
 
 
@@ -39,6 +39,7 @@ class Shell:
             if (theirs.get_name(), theirs.get_base64()) != (kind, blob):
                 raise LabError(f"what answers on port {port} is not {name}: its SSH key is another. Not connecting")
             self._transport.auth_publickey("root", paramiko.Ed25519Key.from_private_key_file(str(key)))
+            self._transport.set_keepalive(KEEPALIVE)
         except (OSError, EOFError, paramiko.SSHException) as error:
             self.close()
             raise LabError(f"no SSH connection to {name} on port {port} within {deadline:g} s: {error}") from error

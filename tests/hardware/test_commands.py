@@ -6,14 +6,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 
 import pytest
 
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import Command, CommandError, ErrorCode, EventId
 from kvmi_host.protocol.framing import Frame
-from kvmi_host.testing.live import LiveGuest, Walker, Wire
+from kvmi_host.testing.live import DEADLINE, LiveGuest, Walker, Wire
 from kvmi_host.testing.modewalk import CONTROL_ADDRESS, HYPERCALL, HYPERCALL_EVENT, Actions, Header, Station
+from kvmi_host.testing.puppet import Puppet, address
 
 pytestmark = pytest.mark.hardware
 
@@ -21,6 +23,8 @@ SERVED = {*range(2, 12), *range(13, 22), 23, 27, 29}
 EVENTS_SERVED = set(range(12))
 PAGE = 4096
 VCPU_0 = bytes(8)
+INTERRUPTS_ENABLED = 1 << 9
+"""In RFLAGS."""
 MSR_EFER = 0xC0000080
 MSR_LSTAR = 0xC0000082
 
@@ -218,6 +222,25 @@ def test_a_vcpu_at_home_wakes_up_for_commands_and_sleeps_on(walker: Walker) -> N
         walker.session.reply(walker.event())
     assert walker.record(0).exception == 0
     walker.advances(0)
+
+
+@pytest.mark.rule("3.49")
+def test_a_vcpu_that_nothing_wakes_up_does_for_commands(puppet: Puppet) -> None:
+    session = puppet.session
+    session.control_events(0, EventId.HYPERCALL, True)
+    puppet.start(0, puppet.hypercall(0), rax=HYPERCALL, rdi=HYPERCALL_EVENT)
+    event = puppet.event()
+    hlt, flags = address("hlt"), event.registers.rflags
+    session.set_registers(0, event.registers._replace(rip=hlt, rflags=flags & ~INTERRUPTS_ENABLED))
+    session.reply(event)
+    deadline = monotonic() + DEADLINE
+    while session.get_registers(0).registers.rip != hlt + 1:
+        assert monotonic() < deadline, "it does not come to its HLT"
+    session.pause_vcpu(0)
+    event = puppet.event()
+    session.set_registers(0, event.registers._replace(rflags=flags | INTERRUPTS_ENABLED))
+    session.reply(event)
+    puppet.finish(0)
 
 
 @pytest.mark.rule("3.48", "2.1")
