@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def run_over_ssh(part: Part, host: Host, plan: Plan) -> str:
         _deploy(host, parcel)
     if plan.stop.is_set():
         raise Ended(State.INTERRUPTED, "the night was ended from here before the suite began")
-    name = f"kvmi-host-suite-{part.host.name}-{os.getpid()}-{time.time_ns():x}"
+    # A folder for temporary files there has this name, and sockets are in it: their paths have to be short.
+    name = f"kvmi-{os.getpid()}-{secrets.token_hex(3)}"
     before = _state(host)
     ended = None
     try:

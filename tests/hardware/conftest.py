@@ -7,8 +7,10 @@ Whatever a test does, the kernel must not complain: new lines of its log are loo
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from math import inf
+from pathlib import Path
 
 import pytest
 from _pytest.capture import CaptureManager
@@ -118,6 +120,17 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         if isinstance(guest := item.funcargs.get(name), LiveGuest):
             report.sections.append((f"serial output of {name}, its end", guest.tail()))
     return report
+
+
+@pytest.fixture(scope="session")
+def in_the_systems_path() -> Iterator[None]:
+    """``kvmi-host`` is where services look for programs, before any other that is installed for good."""
+    program = shutil.which("kvmi-host")
+    assert program, "no kvmi-host in PATH"
+    link = Path("/usr/local/sbin/kvmi-host")
+    link.symlink_to(program)
+    yield
+    link.unlink()
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def pattern(shown: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def said(shared: SharedGuests, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def said(in_the_systems_path: None, shared: SharedGuests, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What each block has printed."""
     shared.stand_aside()
     folder = tmp_path_factory.mktemp("guide")

@@ -104,7 +104,7 @@ def test_a_guest_that_is_switched_off_ends_its_session_and_leaves_nothing(linux:
 
 
 @pytest.fixture
-def autoattach(tmp_path: Path) -> Iterator[Path]:
+def autoattach(in_the_systems_path: None) -> Iterator[Path]:
     """The folder of links, with our hook in its place."""
     links = Path("/etc/kvmi-host/autoattach")
     links.mkdir(parents=True)

@@ -128,7 +128,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     monkeypatch.setattr(ssh_run, "_check", lambda host: Python.here())
     with ExitStack() as stack:
         yield Lab(tmp_path, stack)
-    for folder in Path("/tmp").glob(f"kvmi-host-suite-*-{os.getpid()}-*"):  # of hosts that died in a test
+    for folder in Path("/tmp").glob(f"kvmi-{os.getpid()}-*"):  # of hosts that died in a test
         shutil.rmtree(folder)
 
 
@@ -168,7 +168,7 @@ def test_a_suite_that_ends_well_is_collected(lab: Lab) -> None:
 def test_nothing_of_a_run_stays_on_the_host(lab: Lab) -> None:
     lab.night(lab.host(f'sleep 600 & touch "$TMPDIR/x"; echo $! > {lab.folder}/left; {WELL}'))
     assert not (lab.folder / "run").exists()
-    assert not list(Path("/tmp").glob(f"kvmi-host-suite-lab-{os.getpid()}-*"))
+    assert not list(Path("/tmp").glob(f"kvmi-{os.getpid()}-*"))
     assert not runs(int((lab.folder / "left").read_text()))
 
 
