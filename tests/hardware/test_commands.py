@@ -23,8 +23,7 @@ SERVED = {*range(2, 12), *range(13, 22), 23, 27, 29}
 EVENTS_SERVED = set(range(12))
 PAGE = 4096
 VCPU_0 = bytes(8)
-INTERRUPTS_ENABLED = 1 << 9
-"""In RFLAGS."""
+UD = 6
 MSR_EFER = 0xC0000080
 MSR_LSTAR = 0xC0000082
 
@@ -227,20 +226,14 @@ def test_a_vcpu_at_home_wakes_up_for_commands_and_sleeps_on(walker: Walker) -> N
 @pytest.mark.rule("3.49")
 def test_a_vcpu_that_nothing_wakes_up_does_for_commands(puppet: Puppet) -> None:
     session = puppet.session
-    session.control_events(0, EventId.HYPERCALL, True)
-    puppet.start(0, puppet.hypercall(0), rax=HYPERCALL, rdi=HYPERCALL_EVENT)
-    event = puppet.event()
-    hlt, flags = address("hlt"), event.registers.rflags
-    session.set_registers(0, event.registers._replace(rip=hlt, rflags=flags & ~INTERRUPTS_ENABLED))
-    session.reply(event)
+    puppet.start(0, "sleep")
     deadline = monotonic() + DEADLINE
-    while session.get_registers(0).registers.rip != hlt + 1:
+    while session.get_registers(0).registers.rip != address("asleep"):
         assert monotonic() < deadline, "it does not come to its HLT"
-    session.pause_vcpu(0)
-    event = puppet.event()
-    session.set_registers(0, event.registers._replace(rflags=flags | INTERRUPTS_ENABLED))
-    session.reply(event)
-    puppet.finish(0)
+    for _ in range(100):
+        session.get_registers(0)
+    session.inject_exception(0, UD)
+    assert puppet.finish(0).vector == UD
 
 
 @pytest.mark.rule("3.48", "2.1")

@@ -5,6 +5,7 @@
 # happens there.
 
 	.include "contract.inc"
+	.include "boot.inc"
 
 	.equ MSR_LSTAR,		0xc0000082
 	.equ HYPERCALL,		34
@@ -91,6 +92,15 @@ do_\name:
 	one fninit, fninit
 	one call, call *%rsi
 	one invlpg, invlpg (%rsi)
+
+# Nothing of its own wakes it up: its timer has stopped, and interrupts are off.
+	.globl asleep
+	snippet sleep
+	cli
+	mov $LAPIC, %eax
+	movl $0, LAPIC_TIMER_COUNT(%eax)
+	hlt
+asleep:	ret
 
 # RFLAGS, as the guest sees it.
 	snippet pushf
