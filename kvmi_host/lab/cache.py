@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.paths import cache_root
 
 _IGNORED = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
@@ -54,6 +55,20 @@ def locked(name: str) -> Iterator[None]:
     """Hold the lock of that name, which only one process of this cache can hold; wait for it if need be."""
     with (cache_root() / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def claimed(name: str) -> Iterator[None]:
+    """As :func:`locked`, without waiting.
+
+    :raise LabError: another process holds it.
+    """
+    with (cache_root() / f".{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LabError(f"another process has {name}: end that one first, or wait for it") from None
         yield
 
 

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from kvmi_host import __version__
 from kvmi_host.host.kernels import Series
 from kvmi_host.host.remote import connect
 from kvmi_host.host.vendor import Vendor
-from kvmi_host.lab import suite
+from kvmi_host.lab import cache, suite
 from kvmi_host.lab.bochs import BochsHost
 from kvmi_host.lab.box import SSH_NAME, Box
 from kvmi_host.lab.errors import LabError
@@ -128,9 +129,14 @@ def _on(part: Part, plan: Plan, patience: Patience, places: Places) -> str:
     if part.host.kind == "ssh":
         reach = partial(connect, part.host.address, part.host.ssh_config, patience.connecting)
         return _with(Host(reach, lambda: True, plan.stop, patience, places), part, plan)
-    if part.host.cpu is Vendor.INTEL:
-        return _in_bochs(part, plan, patience)
-    return _in_box(part, plan, patience, places)
+    with ExitStack() as claim:
+        try:
+            claim.enter_context(cache.claimed(box_name(part.host)))  # two nights of one machine would share it
+        except LabError as error:
+            raise Ended(State.UNREACHABLE, str(error)) from error
+        if part.host.cpu is Vendor.INTEL:
+            return _in_bochs(part, plan, patience)
+        return _in_box(part, plan, patience, places)
 
 
 def _with(host: Host, part: Part, plan: Plan) -> str:

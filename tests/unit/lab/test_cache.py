@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvmi_host.lab import cache
+from kvmi_host.lab.errors import LabError
 
 
 def fill(text: str = "made"):
@@ -134,3 +135,10 @@ def test_two_at_once_build_one_entry() -> None:
     first.join(10)
     second.join(10)
     assert builds == ["slow"]
+
+
+def test_what_another_process_has_is_not_waited_for() -> None:
+    with cache.claimed("box"), pytest.raises(LabError, match="another process has box"), cache.claimed("box"):
+        pass
+    with cache.claimed("box"):
+        pass

@@ -11,9 +11,9 @@ import pytest
 
 from kvmi_host.host.kernels import Series
 from kvmi_host.host.vendor import Vendor
-from kvmi_host.lab import suite
+from kvmi_host.lab import cache, suite
 from kvmi_host.lab.errors import LabError
-from kvmi_host.lab.fleet import run_fleet
+from kvmi_host.lab.fleet import box_name, run_fleet
 from kvmi_host.lab.inventory import LabHost
 from kvmi_host.lab.night import HostRun, State
 
@@ -89,3 +89,9 @@ def test_it_is_ended_with_the_night(run: Callable[..., HostRun]) -> None:
         pytest.fail("it was to end")
 
     assert run(does, stop=stop).state is State.INTERRUPTED
+
+
+def test_a_box_that_another_night_has_is_left_to_it(run: Callable[..., HostRun]) -> None:
+    with cache.claimed(box_name(HOST)):
+        host = run(lambda on_output, reports: pytest.fail("it was run"))
+    assert (host.state, "another process has night-intel" in host.reason) == (State.UNREACHABLE, True)
