@@ -11,6 +11,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from time import monotonic, sleep
 from typing import Any
 
@@ -29,20 +31,28 @@ HOOKS = Path("/etc/libvirt/hooks/qemu.d")
 
 
 class Attached:
-    """``kvmi-host attach``, as another terminal runs it, watching CR3."""
+    """``kvmi-host attach``, as another terminal runs it, watching CR3. What it prints is read all along: a guest waits
+    for an introspector that waits for its reader."""
 
     def __init__(self, guest: LinuxGuest) -> None:
         command = ["kvmi-host", "attach", guest.name, "--json", "--events", "cr3"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._lines: Queue[str] = Queue()
+        self._reader = Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert "session" in json.loads(self._lines.get(timeout=PATIENCE))
+        assert json.loads(self._lines.get(timeout=PATIENCE))["event"] == "cr"
+
+    def _read(self) -> None:
         assert self._process.stdout
-        self._lines = self._process.stdout
-        assert "session" in json.loads(self._lines.readline())
-        assert json.loads(self._lines.readline())["event"] == "cr"
+        for line in self._process.stdout:
+            self._lines.put(line)
 
     def summary(self) -> dict[str, Any]:
         """Wait for its end; what it says then."""
-        *_, last = self._process.communicate(timeout=PATIENCE)[0].splitlines()
-        assert self._process.returncode == 0
+        assert self._process.wait(PATIENCE) == 0
+        self._reader.join()
+        *_, last = self._lines.queue
         summary: dict[str, Any] = json.loads(last)["summary"]
         return summary
 
