@@ -254,7 +254,7 @@ def test_a_user_has_guests_of_their_own(tmp_path: Path, disk: Path) -> None:
 
     def run(code: str) -> str:
         environment = {"HOME": home, "XDG_RUNTIME_DIR": str(runtime), "PATH": os.environ["PATH"]}
-        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+        environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
         argv = ["python3", "-c", code, str(disk)]
         done = subprocess.run(
             argv, user=user, group=user, extra_groups=["kvm"], cwd=home, env=environment, capture_output=True,
