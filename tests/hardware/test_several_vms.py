@@ -140,8 +140,9 @@ def test_registers_are_set_in_one(vms: list[Vm]) -> None:
 def test_a_page_is_watched_in_one(vms: list[Vm]) -> None:
     first, *others = vms
     for vm in vms:
+        event = vm.puppet.event()
         vm.session.control_events(0, EventId.HYPERCALL, False)
-        vm.session.reply(vm.puppet.event())
+        vm.session.reply(event)
         vm.puppet.stop(0)
         vm.puppet.finish(0)
         vm.session.control_events(0, EventId.PF, True)
