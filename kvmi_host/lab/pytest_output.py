@@ -9,7 +9,7 @@ import re
 from kvmi_host.host.printable import printable
 
 _COLLECTED = re.compile(r"\bcollected (\d{1,7}) items?(?: / (\d{1,7}) deselected)?(?: / (\d{1,7}) selected)?")
-_NAME = re.compile(r"(\S+\.py::\S+(?: \S+\])?) ")
+_NAME = re.compile(r"(\S+\.py::[^\s[]+(?:\[.*?\])?) ")
 _OUTCOME = re.compile(r"(?:\S+\.py::.+ )?(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\s.*\[\s*\d{1,3}%\]\s*$")
 _LONGEST = 1 << 16  # characters of a line
 

@@ -15,7 +15,7 @@ from kvmi_host.lab.pytest_output import Tally
 
 SUITE = """
 import pytest
-@pytest.mark.parametrize("what", ["a", "b c", "d::e"])
+@pytest.mark.parametrize("what", ["a", "b c, as d", "d::e", "f[g]"])
 def test_well(what): pass
 def test_ill(): assert False
 def test_left_out(): pass
@@ -41,9 +41,9 @@ def output_of(folder: Path) -> bytes:
 def test_tests_are_counted_as_pytest_counts_them(tmp_path: Path) -> None:
     tally = Tally()
     tally.feed(output_of(tmp_path))
-    assert (tally.total, tally.current) == (6, "")
+    assert (tally.total, tally.current) == (7, "")
     assert tally.failed == ["test_x.py::test_ill", "test_x.py::test_ends_ill"]
-    assert tally.done == 6
+    assert tally.done == 7
 
 
 def test_the_current_test_is_known_before_its_line_ends() -> None:
