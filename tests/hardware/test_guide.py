@@ -16,7 +16,7 @@ import pytest
 
 from kvmi_host.testing.live import DEADLINE, SharedGuests
 
-pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
+pytestmark = [pytest.mark.hardware, pytest.mark.libvirt, pytest.mark.services]
 
 GUIDE = Path(__file__).with_name("operating.md")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```\n(?:```\n(.*?)^```\n)?", GUIDE.read_text(), re.MULTILINE | re.DOTALL)

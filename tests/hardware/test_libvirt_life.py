@@ -129,6 +129,7 @@ def autoattach(in_the_systems_path: None) -> Iterator[Path]:
     subprocess.run(["systemctl", "restart", "libvirtd"], check=True)
 
 
+@pytest.mark.services
 def test_the_hook_brings_a_guest_that_was_saved_back_to_its_introspector(
     autoattach: Path, tmp_path: Path, linux: LinuxGuest
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from kvmi_host.testing.live import DEADLINE, SharedGuests
 
-pytestmark = [pytest.mark.hardware, pytest.mark.libvirt]
+pytestmark = [pytest.mark.hardware, pytest.mark.libvirt, pytest.mark.services]
 
 SCRIPT = Path(__file__).with_name("operator.sh")
 
