@@ -17,9 +17,11 @@ from kvmi_host.protocol import Event, EventId, Registers
 from kvmi_host.protocol.msrs import NAMES
 from kvmi_host.protocol.x86 import DescriptorTable, Msrs, Segment
 from kvmi_host.testing.live import DEADLINE, LiveGuest, await_event
-from kvmi_host.testing.puppet import Puppet, page
+from kvmi_host.testing.puppet import Puppet, address, page
 
 pytestmark = pytest.mark.hardware
+
+UD = 6
 
 GENERAL = {
     name: 0x0101_0101_0101_0101 * number
@@ -183,17 +185,21 @@ def await_signal(guest: LiveGuest, thread: int) -> None:
 def test_the_monitor_prints_the_state_of_the_event_that_its_vcpu_waited_at(
     puppet_guest: LiveGuest, puppet: Puppet
 ) -> None:
-    puppet.start(0, "spin", **GENERAL)
-    puppet.advances(0)
+    # QEMU asks its vCPU twice, which goes on in between: one that sleeps stays as it is.
+    puppet.start(0, "sleep", **GENERAL)
+    deadline = monotonic() + DEADLINE
+    while puppet.session.get_registers(0).registers.rip != address("asleep"):
+        assert monotonic() < deadline, "it does not come to its HLT"
     thread = vcpu_thread(puppet_guest)
     puppet.session.pause_vcpu(0)
     event = puppet.event()
     with ThreadPoolExecutor() as pool:
-        # QEMU asks, too, and gets its answer when the vCPU has its reply, before the guest runs on.
         printed = pool.submit(info_registers, puppet_guest)
         await_signal(puppet_guest, thread)
         puppet.session.reply(event)
         assert of_monitor(printed.result(DEADLINE)) == of_event(event)
+    puppet.session.inject_exception(0, UD)
+    puppet.finish(0)
 
 
 @pytest.mark.rule("4.71", "4.72")
