@@ -129,7 +129,7 @@ def domain_xml(guest: Guest, storage: Storage = Storage(), serial_log: PurePosix
     features = ET.SubElement(domain, "features")
     ET.SubElement(features, "acpi")
     ET.SubElement(features, "apic")
-    ET.SubElement(domain, "cpu", mode="host-passthrough", check="none", migratable="off")
+    ET.SubElement(domain, "cpu", mode="host-passthrough", check="none")
     _text(domain, "on_crash", "destroy")
     devices = ET.SubElement(domain, "devices")
     if guest.emulator:

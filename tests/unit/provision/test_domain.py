@@ -48,6 +48,12 @@ def test_a_guest_runs_under_kvm():
     assert parse().get("type") == "kvm"
 
 
+def test_a_guest_has_the_hosts_cpu_without_what_would_keep_it_from_being_saved():
+    cpu = parse().find("cpu")
+    assert cpu.get("mode") == "host-passthrough"
+    assert cpu.get("migratable", "on") == "on"
+
+
 def test_a_guest_has_the_name_cpus_and_memory_that_were_asked_for():
     domain = parse(vcpus=4, memory=256, uuid=UUID(int=7))
     assert domain.findtext("name") == "web"
