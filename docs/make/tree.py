@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The site has the tree's own folders: `docs/operating.md` is at `docs/operating.html`, and `kernel/README.md` is a page
-of it, too. So a link from one file to another means the same in the site as in a forge's view of the tree, and MkDocs
+"""The site has the tree's own folders: `docs/operating.md` is at `docs/operating.html`, and `kernel/README.md` is a
+page of it, too. So a link from one file to another means the same in the site as in a forge's view of the tree, and MkDocs
 checks both at once.
 
 A hook of MkDocs; mkdocs.yml names it. The pages of the API reference are made here, for there is nothing in them but a
@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in list(files):
         if file.src_dir == config.docs_dir:
             files.remove(file)
-            if file.inclusion.is_included():
+            if file.inclusion is not InclusionLevel.EXCLUDED:
                 files.append(_file(f"docs/{file.src_uri}", config))
     for page in _pages(config.nav):
         if page.startswith(API):
