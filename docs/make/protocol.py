@@ -219,8 +219,8 @@ Error codes are {", ".join(f"{code.name} ({code:d})" for code in ErrorCode)}.
 *Always*: every session may send it, whatever its policy. *Changes the guest*: a session that observes cannot be
 allowed it. Not served, -EOPNOTSUPP: {", ".join(not_served)}.
 
-An entry of `set-page-access` is {", ".join(named(known["page_access_entry"]).split("<br>"))}. Bits of a page's access are 
-{", ".join(f"{bit.name} {bit:d}" for bit in (Access.R, Access.W, Access.X))}.
+An entry of `set-page-access` is {", ".join(named(known["page_access_entry"]).split("<br>"))}. Bits of a page's
+access are {", ".join(f"{bit.name} {bit:d}" for bit in (Access.R, Access.W, Access.X))}.
 
 {section(3)}
 
@@ -235,7 +235,7 @@ and kernel_gs_base.
 | common part | {named(known["event"])} |
 | reply, after the vCPU header | {named(known["event_reply"])} |
 
-| id | event | of | own data | own data of the reply | rules |
+| id | event | switched for the | own data | own data of the reply | rules |
 |---|---|---|---|---|---|
 {chr(10).join(events)}
 

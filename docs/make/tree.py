@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The site has the tree's own folders: `docs/operating.md` is at `docs/operating.html`, and `kernel/README.md` is a
-page of it, too. So a link from one file to another means the same in the site as in a forge's view of the tree, and MkDocs
-checks both at once.
+page of it, too. So a link from one file to another means the same in the site as in a forge's view of the tree, and
+MkDocs checks both at once.
 
 A hook of MkDocs; mkdocs.yml names it. The pages of the API reference are made here, for there is nothing in them but a
 package's name.
