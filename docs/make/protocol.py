@@ -179,6 +179,8 @@ them. A rule may hold in one dialect alone, or need something of the host; it sa
 
 ## The two ends
 
+![The states of a session](session.svg)
+
 {section(1)}
 
 ## Handshake
@@ -225,6 +227,8 @@ access are {", ".join(f"{bit.name} {bit:d}" for bit in (Access.R, Access.W, Acce
 {section(3)}
 
 ## Events
+
+![What passes between guest, KVM and introspector when an event is sent and replied to](event.svg)
 
 An event begins with the common part, whose first field says how long it is; its own data follow. `mode` is the size of
 an operand in bytes: 2, 4 or 8. The nine MSRs are sysenter_cs, sysenter_esp, sysenter_eip, efer, star, lstar, cstar, pat
