@@ -25,6 +25,7 @@ API = "docs/api/"
 # How Sphinx writes what Markdown does not know, in docstrings.
 _ROLE = re.compile(r":(?:class|func|meth|attr|data|mod|exc):<code>~?([\w.]+)</code>")
 _LITERAL = re.compile(r"(<p>)?::</p>(?=\s*<(?:pre|div))")
+_TAG = re.compile(r"<[^>]+>")
 _TABLE = re.compile(r"<p>(=+ +=+\n.*?)</p>", re.DOTALL)
 
 
@@ -38,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page in _pages(config.nav):
         if page.startswith(API):
             package = page.removeprefix(API).removesuffix(".md")
-            files.append(File.generated(config, page, content=f"# {package}\n\n::: {package}\n"))
+            files.append(File.generated(config, page, content=f"::: {package}\n"))
         elif not page.startswith("docs/") and (ROOT / page).exists():
             files.append(_file(page, config))
     _add_linked(files, config)
@@ -48,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_content(html: str, **_: object) -> str:
     """Docstrings are written as Sphinx takes them."""
     html = _LITERAL.sub(lambda found: "" if found[1] else ":</p>", html)
-    html = _TABLE.sub(r"<pre>\1</pre>", html)
+    html = _TABLE.sub(lambda found: f"<pre><code>{_TAG.sub('', found[1])}</code></pre>", html)
     return _ROLE.sub(_role, html)
 
 
