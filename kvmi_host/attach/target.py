@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from kvmi_host.attach.errors import AttachError, NoSuchVm, VmNotRunning
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import libvirt
 
 _PROC = Path("/proc")
+_LIBVIRT_RUN = Path("/run/libvirt/qemu")
+"""Where the system's libvirt writes the process of each VM."""
 _NO_UUID = UUID(int=0)
 _POLL = 0.5
 
@@ -45,7 +48,7 @@ def find_target(vm: str, uri: str | None = None, wait: float = 0.0) -> Target:
     :param wait: seconds that a domain has to come to run.
     :raise NoSuchVm: nothing has that name, UUID or process id.
     :raise VmNotRunning: the domain is shut off, or is being migrated.
-    :raise AttachError: the VM runs on another host.
+    :raise AttachError: the VM runs on another host, or several processes could be it.
     :raise ProvisionError: libvirt could not be asked.
     """
     if vm.startswith("pid:"):
@@ -75,10 +78,36 @@ def _from_libvirt(vm: str, uri: str | None) -> Target:
         raise VmNotRunning(f"{name} is being migrated: its memory is here no more, or not yet")
     if not running:
         raise VmNotRunning(f"{name} is shut off: kvmi-host guest start {name}")
-    for pid in processes():
-        if option_of(command_line(pid), "-uuid") == str(uuid):
-            return Target(pid, name, uuid, _start_time(pid), wanted)
-    raise VmNotRunning(f"{name} is running, but no process on this host has its UUID {uuid}")
+    pid = _process_of(name, uuid, wanted)
+    return Target(pid, name, uuid, _start_time(pid), wanted)
+
+
+def _process_of(name: str, uuid: UUID, uri: str) -> int:
+    """The process of a domain that runs: the one that libvirt has written down, or else the only one with its UUID.
+
+    Anybody can put a UUID on a command line, and so stand in for a VM.
+    """
+
+    def has_uuid(pid: int) -> bool:
+        return option_of(command_line(pid), "-uuid") == str(uuid)
+
+    if urlsplit(uri).path == "/system":
+        try:
+            pid = int((_LIBVIRT_RUN / f"{name}.pid").read_text())
+        except (OSError, ValueError):
+            pass  # a libvirt that keeps them elsewhere
+        else:
+            if has_uuid(pid):
+                return pid
+    found = [pid for pid in processes() if has_uuid(pid)]
+    if not found:
+        raise VmNotRunning(f"{name} is running, but no process on this host has its UUID {uuid}")
+    if len(found) > 1:
+        several = ", ".join(f"pid:{pid}" for pid in found)
+        raise AttachError(
+            f"{name}: several processes have its UUID {uuid}: find out whose they are, and name one: {several}"
+        )
+    return found[0]
 
 
 def _is_migrated(domain: libvirt.virDomain) -> bool:

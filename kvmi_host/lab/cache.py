@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from kvmi_host.lab.errors import LabError
@@ -51,10 +51,13 @@ def digest(*inputs: Path | str) -> str:
 
 
 @contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Hold the lock of that name, which only one process of this cache can hold; wait for it if need be."""
+def locked(name: str, flags: int = 0) -> Iterator[None]:
+    """Hold the lock of that name, which only one process of this cache can hold; wait for it if need be.
+
+    :param flags: of flock(2), beside LOCK_EX.
+    """
     with (cache_root() / f".{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX | flags)
         yield
 
 
@@ -64,9 +67,9 @@ def claimed(name: str) -> Iterator[None]:
 
     :raise LabError: another process holds it.
     """
-    with (cache_root() / f".{name}.lock").open("w") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(name, fcntl.LOCK_NB))
         except BlockingIOError:
             raise LabError(f"another process has {name}: end that one first, or wait for it") from None
         yield

@@ -240,7 +240,7 @@ def guest_images() -> dict[str, Path]:
             build(f"building the guest image {guest}", [builder, out])
 
         key = cache.digest(builder.parent, sources / "pc", _package_version("busybox-static"))
-        folder = cache.entry(f"guest_{guest}", key, make)
+        folder = cache.entry(f"guest_{guest}", key, make, keep=2)  # another checkout may be taking its own from there
         for file in cache.files(folder):
             found[file.name if file.name.startswith(guest) else f"{guest}.{file.name}"] = file
     return found

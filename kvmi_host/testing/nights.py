@@ -188,12 +188,12 @@ def _measurements(host: MadeUpHost, random: Random) -> list[Measurement]:
     ]
 
 
-def write_night(folder: Path, hosts: Sequence[MadeUpHost], number: int = 12) -> Path:
+def write_night(folder: Path, hosts: Sequence[MadeUpHost], number: int = 12, hour: int = 1) -> Path:
     """Write a night into a folder, and tell where that is.
 
-    :param number: of the night, from 1: when it was.
+    :param number: of the night, from 1: when it was, at which hour.
     """
-    started = datetime(2026, 11, 11, 1, tzinfo=UTC) + timedelta(days=number)
+    started = datetime(2026, 11, 11, hour, tzinfo=UTC) + timedelta(days=number)
     runs = []
     for host in hosts:
         failed = bool(host.fails)

@@ -34,6 +34,8 @@ LARGE_PAGE = 2 << 20
 MAILBOXES = 0x10000
 """One page for each vCPU."""
 STACKS = 0x20000
+UD = 6
+"""Vector of #UD."""
 TICK = 0x20
 """Vector of the timer."""
 SOFTWARE_INTERRUPT = 0x30
@@ -211,6 +213,24 @@ class Puppet:
         wanted = self.progress(vcpu) + rounds
         while self.progress(vcpu) < wanted:
             self._check(deadline, vcpu)
+
+    # -- a vCPU that nothing wakes up
+
+    def sleep(self, vcpu: int, **registers: int) -> None:
+        """Send a vCPU to sleep with its interrupts off: only :meth:`wake` ends it.
+
+        :param registers: as in :meth:`start`.
+        :raise LiveError: it does not come to its HLT, in time.
+        """
+        self.start(vcpu, "sleep", **registers)
+        deadline = monotonic() + DEADLINE
+        while self.session.get_registers(vcpu).registers.rip != address("asleep"):
+            self._check(deadline, vcpu)
+
+    def wake(self, vcpu: int) -> Result:
+        """Wake it up, by an exception (#UD), and wait until it is at home."""
+        self.session.inject_exception(vcpu, UD)
+        return self.finish(vcpu)
 
     # -- what else a test asks for
 

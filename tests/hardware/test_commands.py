@@ -6,16 +6,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic
 
 import pytest
 
 from kvmi_host.introspect import Session
 from kvmi_host.protocol import Command, CommandError, ErrorCode, EventId
 from kvmi_host.protocol.framing import Frame
-from kvmi_host.testing.live import DEADLINE, LiveGuest, Walker, Wire
+from kvmi_host.testing.live import LiveGuest, Walker, Wire
 from kvmi_host.testing.modewalk import CONTROL_ADDRESS, HYPERCALL, HYPERCALL_EVENT, Actions, Header, Station
-from kvmi_host.testing.puppet import Puppet, address
+from kvmi_host.testing.puppet import UD, Puppet
 
 pytestmark = pytest.mark.hardware
 
@@ -23,7 +22,6 @@ SERVED = {*range(2, 12), *range(13, 22), 23, 27, 29}
 EVENTS_SERVED = set(range(12))
 PAGE = 4096
 VCPU_0 = bytes(8)
-UD = 6
 MSR_EFER = 0xC0000080
 MSR_LSTAR = 0xC0000082
 
@@ -225,15 +223,10 @@ def test_a_vcpu_at_home_wakes_up_for_commands_and_sleeps_on(walker: Walker) -> N
 
 @pytest.mark.rule("3.49")
 def test_a_vcpu_that_nothing_wakes_up_does_for_commands(puppet: Puppet) -> None:
-    session = puppet.session
-    puppet.start(0, "sleep")
-    deadline = monotonic() + DEADLINE
-    while session.get_registers(0).registers.rip != address("asleep"):
-        assert monotonic() < deadline, "it does not come to its HLT"
+    puppet.sleep(0)
     for _ in range(100):
-        session.get_registers(0)
-    session.inject_exception(0, UD)
-    assert puppet.finish(0).vector == UD
+        puppet.session.get_registers(0)
+    assert puppet.wake(0).vector == UD
 
 
 @pytest.mark.rule("3.48", "2.1")

@@ -17,11 +17,10 @@ from kvmi_host.protocol import Event, EventId, Registers
 from kvmi_host.protocol.msrs import NAMES
 from kvmi_host.protocol.x86 import DescriptorTable, Msrs, Segment
 from kvmi_host.testing.live import DEADLINE, LiveGuest, await_event
-from kvmi_host.testing.puppet import Puppet, address, page
+from kvmi_host.testing.puppet import Puppet, page
 
 pytestmark = pytest.mark.hardware
 
-UD = 6
 
 GENERAL = {
     name: 0x0101_0101_0101_0101 * number
@@ -186,10 +185,7 @@ def test_the_monitor_prints_the_state_of_the_event_that_its_vcpu_waited_at(
     puppet_guest: LiveGuest, puppet: Puppet
 ) -> None:
     # QEMU asks its vCPU twice, which goes on in between: one that sleeps stays as it is.
-    puppet.start(0, "sleep", **GENERAL)
-    deadline = monotonic() + DEADLINE
-    while puppet.session.get_registers(0).registers.rip != address("asleep"):
-        assert monotonic() < deadline, "it does not come to its HLT"
+    puppet.sleep(0, **GENERAL)
     thread = vcpu_thread(puppet_guest)
     puppet.session.pause_vcpu(0)
     event = puppet.event()
@@ -198,8 +194,7 @@ def test_the_monitor_prints_the_state_of_the_event_that_its_vcpu_waited_at(
         await_signal(puppet_guest, thread)
         puppet.session.reply(event)
         assert of_monitor(printed.result(DEADLINE)) == of_event(event)
-    puppet.session.inject_exception(0, UD)
-    puppet.finish(0)
+    puppet.wake(0)
 
 
 @pytest.mark.rule("4.71", "4.72")

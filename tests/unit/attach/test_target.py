@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from uuid import UUID
 
 import libvirt
@@ -17,10 +18,9 @@ TEST_DRIVER = "test:///default"  # libvirt's built-in driver: one running guest,
 VM_UUID = "6695eb01-f6a4-8304-79aa-97f2502e193f"
 
 
-@pytest.fixture
-def vmm():
-    """A process with QEMU's command line."""
-    arguments = ["-name", "guest=web,debug-threads=on", "-uuid", VM_UUID]
+@contextmanager
+def running(*arguments):
+    """A process with these arguments."""
     code = "print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -28,6 +28,28 @@ def vmm():
         process.stdout.readline()
         yield process.pid
         process.communicate(b"\n")
+
+
+@pytest.fixture
+def vmm():
+    """A process with QEMU's command line."""
+    with running("-name", "guest=web,debug-threads=on", "-uuid", VM_UUID) as pid:
+        yield pid
+
+
+@pytest.fixture
+def impostor():
+    """A process of someone else's that has the UUID, too."""
+    with running("-uuid", VM_UUID) as pid:
+        yield pid
+
+
+@pytest.fixture
+def systems_libvirt(monkeypatch, tmp_path):
+    """A URI of the system's libvirt, which the test driver answers, and the folder with its processes."""
+    monkeypatch.setattr(target, "connect", lambda uri: libvirt.open(TEST_DRIVER))
+    monkeypatch.setattr(target, "_LIBVIRT_RUN", tmp_path)
+    return "qemu:///system", tmp_path
 
 
 def test_a_process_id_is_a_vm_with_what_its_command_line_says(vmm):
@@ -51,6 +73,26 @@ def test_a_process_id_that_is_none_is_refused(vm):
 def test_a_libvirt_name_or_uuid_is_the_process_with_that_uuid(vmm, vm):
     target = find_target(vm, TEST_DRIVER)
     assert (target.pid, target.name, target.uuid) == (vmm, "test", UUID(VM_UUID))
+
+
+def test_of_several_with_the_uuid_the_one_that_libvirt_has_started_is_the_vm(vmm, impostor, systems_libvirt):
+    uri, folder = systems_libvirt
+    for pid in (vmm, impostor):
+        (folder / "test.pid").write_text(str(pid))
+        assert find_target("test", uri).pid == pid
+
+
+@pytest.mark.parametrize("written", [None, "", "4194304", "1"])
+def test_what_libvirt_has_not_written_down_is_looked_for(vmm, systems_libvirt, written):
+    uri, folder = systems_libvirt
+    if written is not None:
+        (folder / "test.pid").write_text(written)
+    assert find_target("test", uri).pid == vmm
+
+
+def test_none_is_guessed_of_several_with_the_uuid(vmm, impostor):
+    with pytest.raises(AttachError, match=f"pid:{vmm}.*pid:{impostor}|pid:{impostor}.*pid:{vmm}"):
+        find_target("test", TEST_DRIVER)
 
 
 def test_a_guest_without_a_process_here_is_not_running():

@@ -17,8 +17,8 @@ Written = Callable[..., tuple[int, str]]
 def written(tmp_path: Path) -> Written:
     """Writes a night and its report, with a history where `number` is given: the status, and the page as text."""
 
-    def make(*hosts: MadeUpHost, number: int = 0) -> tuple[int, str]:
-        folder = write_night(tmp_path / f"night-{number}", hosts, number)
+    def make(*hosts: MadeUpHost, number: int = 0, hour: int = 1) -> tuple[int, str]:
+        folder = write_night(tmp_path / f"night-{number}-{hour}", hosts, number, hour)
         status = write(folder, tmp_path / "history.sqlite" if number else None)
         return status, text_of((folder / "index.html").read_text())
 

@@ -49,6 +49,12 @@ def test_a_night_like_the_one_before_says_so(written):
     assert "What changed since the night of 12 November 2026 Nothing: all that passed still passes." in text
 
 
+def test_two_nights_of_one_day_are_told_apart(written):
+    written(MadeUpHost("lab7"), number=1)
+    text = written(MadeUpHost("lab7"), number=1, hour=5)[1]
+    assert "What changed since the night of 12 November 2026, 01:00 Nothing" in text
+
+
 def test_what_changed_comes_before_all_else_and_new_failures_before_what_was_fixed(written):
     written(MadeUpHost("lab7", fails={0: LATE}), MadeUpHost("old"), number=1)
     away = MadeUpHost("new", run=HostRun("new", State.UNREACHABLE, "No answer: is it on?"))
