@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""docs/troubleshooting.md quotes what is in the source, and leaves out no message of those who operate a host."""
+"""docs/troubleshooting.md quotes what is in the source, and leaves out no message."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/troubleshooting.md").read_text()
-QUOTES = [cell.replace("``", "`") for cell in re.findall(r"^\| `(.*?)` \|", PAGE, re.MULTILINE)]
+QUOTES = re.findall(r"^\| `(.*?)` \|", PAGE, re.MULTILINE)
 SCRIPTS = ("kernel/build", "kernel/prepare", "kernel/dkms/pre-build")
-OPERATORS = ("agent", "attach", "cli", "host", "introspect", "protocol", "provision", "recording")
-"""Packages whose errors whoever operates a host may meet. Those of the lab and its reports say all there is to say."""
+FOLDERS = ("agent", "attach", "cli", "host", "introspect", "lab", "protocol", "provision", "recording", "report")
+"""The packages that people meet; `testing` is for those who write tests."""
+
+FINDINGS = ("missing", "note", "unknown")
+"""What the doctor says of a thing that is not ok; in :mod:`kvmi_host.host.doctor.finding`."""
 
 LETTERS = 9
 """How many a message has of its own that does not just pass on another's; and so many has a quote, to be found by."""
@@ -49,7 +52,7 @@ def sources(*folders: str) -> Iterator[tuple[Path, ast.AST]]:
 
 def literals() -> Iterator[str]:
     """Every text of the package, and of the scripts that build the modules."""
-    for folder in (*OPERATORS, "lab"):
+    for folder in FOLDERS:
         for _, tree in sources(folder):
             for node in ast.walk(tree):
                 if isinstance(node, ast.Constant | ast.JoinedStr):
@@ -60,14 +63,19 @@ def literals() -> Iterator[str]:
 
 
 def messages() -> Iterator[tuple[str, str]]:
-    """What is raised with words of its own: where, and the words."""
-    for path, tree in sources(*OPERATORS):
+    """What is raised or found with words of its own: where, and the words."""
+    for path, tree in sources(*FOLDERS):
         for node in ast.walk(tree):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-                kind = ast.unparse(node.exc.func).rpartition(".")[2]
-                text = text_of(node.exc.args[0])
-                ours = kind[0].isupper() and kind not in ("ValueError", "TypeError", "AssertionError", "OSError")
-                if ours and letters(text) >= LETTERS:
+            match node:
+                case ast.Raise(exc=ast.Call(func=func, args=said)):
+                    kind = ast.unparse(func).rpartition(".")[2]
+                    ours = kind[0].isupper() and kind not in ("ValueError", "TypeError", "AssertionError", "OSError")
+                case ast.Call(func=ast.Name(id=kind), args=[*said]) if kind in FINDINGS:
+                    ours, said = True, said[:1]  # the remedy is beside it
+                case _:
+                    continue
+            for text in map(text_of, said) if ours else ():
+                if letters(text) >= LETTERS:
                     yield f"{path.relative_to(ROOT)}:{node.lineno}", text
 
 
@@ -85,7 +93,7 @@ def test_what_the_page_quotes_is_in_the_source(quote: str) -> None:
 
 
 @pytest.mark.parametrize(("where", "message"), [pytest.param(*found, id=found[0]) for found in messages()])
-def test_every_message_of_an_operators_host_has_a_row(where: str, message: str) -> None:
+def test_every_message_has_a_row(where: str, message: str) -> None:
     assert any(quoted(quote).search(message) for quote in QUOTES), message
 
 
