@@ -81,6 +81,10 @@ kvm-selftests: ## KVM's own selftests with stock modules and with ours, compared
 lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint
 
+.PHONY: docs
+docs: ## Build the guide, a site that needs no network, in build/site
+	@$(IN_ENVIRONMENT) ci/docs
+
 .PHONY: man
 man: ## Write the manual pages to build/man
 	@$(IN_ENVIRONMENT) python -m kvmi_host.cli.manual . build/man && cp docs/man/*.5 build/man

@@ -99,8 +99,8 @@ class Chromium:
                 result: Json = answer["result"]
                 return result
 
-    def show(self, page: Path, width: int, *, dark: bool = False, scripts: bool = True) -> None:
-        """Open a file in a window of that many pixels, and wait until it is loaded."""
+    def show(self, page: Path | str, width: int, *, dark: bool = False, scripts: bool = True) -> None:
+        """Open a file, or an address, in a window of that many pixels, and wait until it is loaded."""
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
@@ -108,7 +108,7 @@ class Chromium:
         self._loaded = False
         self.requests.clear()
         self.complaints.clear()
-        self.ask("Page.navigate", url=page.resolve().as_uri())
+        self.ask("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         deadline = monotonic() + ANSWERS_WITHIN
         while not self._loaded:
             self._next(deadline, "loading")

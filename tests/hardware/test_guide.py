@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The operator's guide: its shell blocks run as they stand there, in their order and in one shell.
+"""The guides whose shell blocks run as they stand there, in their order and in one shell for each guide.
 
 The block after a shell block is what it has to print: ``...`` in a line stands for anything, a line of it for any
 lines.
@@ -18,14 +18,17 @@ from kvmi_host.testing.live import DEADLINE, SharedGuests
 
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt, pytest.mark.services]
 
-GUIDE = Path(__file__).with_name("operating.md")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```\n(?:```\n(.*?)^```\n)?", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+GUIDES = {name: Path(__file__).with_name(f"{name}.md").read_text() for name in ("tutorial", "operating")}
+BLOCKS = {
+    name: re.findall(r"^```sh\n(.*?)^```\n(?:```\n(.*?)^```\n)?", text, re.MULTILINE | re.DOTALL)
+    for name, text in GUIDES.items()
+}
 MARK = "== block"
 
 
-def script() -> str:
+def script(guide: str) -> str:
     """All blocks, each with its number said before it."""
-    said = [f"echo '{MARK} {number}'\n{block}" for number, (block, _) in enumerate(BLOCKS)]
+    said = [f"echo '{MARK} {number}'\n{block}" for number, (block, _) in enumerate(BLOCKS[guide])]
     return "set -euo pipefail\nexec 2>&1\n" + "".join(said)
 
 
@@ -39,14 +42,19 @@ def pattern(shown: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def said(in_the_systems_path: None, shared: SharedGuests, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What each block has printed."""
+def said(
+    request: pytest.FixtureRequest,
+    in_the_systems_path: None,
+    shared: SharedGuests,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[str]:
+    """What each block of a guide has printed."""
     shared.stand_aside()
     folder = tmp_path_factory.mktemp("guide")
     output = folder / "output"
     with output.open("w") as file:  # a pipe would be held open by what a block leaves in the background
         result = subprocess.run(
-            ["bash", "-c", script()],
+            ["bash", "-c", script(request.param)],
             cwd=folder,
             env={**os.environ, "COLUMNS": "200"},
             stdin=subprocess.DEVNULL,
@@ -60,13 +68,21 @@ def said(in_the_systems_path: None, shared: SharedGuests, tmp_path_factory: pyte
     return re.split(rf"^{MARK} \d+\n", text, flags=re.MULTILINE)[1:]
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_a_block_of_the_guide_prints_what_the_guide_shows(said: list[str], number: int) -> None:
-    block, shown = BLOCKS[number]
+@pytest.mark.parametrize(
+    ("said", "block", "shown", "number"),
+    [
+        pytest.param(guide, block, shown, number, id=f"{guide}-{number}")
+        for guide, blocks in BLOCKS.items()
+        for number, (block, shown) in enumerate(blocks)
+    ],
+    indirect=["said"],
+)
+def test_a_block_of_the_guide_prints_what_the_guide_shows(said: list[str], block: str, shown: str, number: int) -> None:
     fits = not shown or re.fullmatch(pattern(shown), said[number])
     assert fits, f"{block}\n-- shown:\n{shown}\n-- said:\n{said[number]}"
 
 
-def test_no_kvmi_host_command_of_the_guide_is_outside_of_its_shell_blocks() -> None:
-    text = re.sub(r"^```sh\n.*?^```\n", "", GUIDE.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert not re.findall(r"^(?: {4}|\$ )\S*kvmi-host .*", text, re.MULTILINE)
+@pytest.mark.parametrize("guide", GUIDES)
+def test_no_kvmi_host_command_of_a_host_is_outside_of_the_guides_shell_blocks(guide: str) -> None:
+    text = re.sub(r"^```sh\n.*?^```\n", "", GUIDES[guide], flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(r"^(?: {4}|\$ )\S*kvmi-host (?!lab ).*", text, re.MULTILINE)
