@@ -89,6 +89,10 @@ man: ## Write the manual pages to build/man
 dkms: ## Build the Debian package with which a host builds the modules for its kernels by itself
 	@$(IN_ENVIRONMENT) kernel/dkms/build
 
+.PHONY: packages
+packages: ## What a release of this commit consists of, in dist/: wheel, source, Debian packages, SBOM, checksums
+	@$(IN_ENVIRONMENT) ci/release
+
 .PHONY: modules
 modules: ## Build the KVM modules of KERNEL; prints where they are
 	@kernel/build --series $(KERNEL)
