@@ -78,7 +78,7 @@ kvm-selftests: ## KVM's own selftests with stock modules and with ours, compared
 	@$(IN_ENVIRONMENT) kvmi-host selftests $(if $(T),-k "$(T)")
 
 .PHONY: lint
-lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
+lint: ## ruff, mypy, shellcheck, reuse (licences), and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint
 
 .PHONY: man
