@@ -106,3 +106,11 @@ def test_the_folders_of_a_host_are_those_that_are_looked_into(tmp_path: Path) ->
 def test_attach_finds_the_agent_where_its_unit_puts_it() -> None:
     assert f"--to {doctor.SOCKET}\n" in (SERVICES / "kvmi-attach@.service").read_text()
     assert f"RuntimeDirectory={Path(doctor.SOCKET).parent.name}\n" in (SERVICES / "kvmi-agent.service").read_text()
+
+
+def test_pre_commit_takes_its_configuration_and_runs_the_checks_of_lint() -> None:
+    configuration = ROOT / ".pre-commit-config.yaml"
+    argv = [sys.executable, "-m", "pre_commit", "validate-config", configuration]
+    checked = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout
+    assert "entry: ci/lint --quick\n" in configuration.read_text()
