@@ -78,7 +78,7 @@ kvm-selftests: ## KVM's own selftests with stock modules and with ours, compared
 	@$(IN_ENVIRONMENT) kvmi-host selftests $(if $(T),-k "$(T)")
 
 .PHONY: lint
-lint: ## ruff, mypy, shellcheck, and checkpatch and sparse for the kernel part
+lint: ## ruff, mypy, shellcheck, reuse (licences), and checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint
 
 .PHONY: docs
@@ -92,6 +92,10 @@ man: ## Write the manual pages to build/man
 .PHONY: dkms
 dkms: ## Build the Debian package with which a host builds the modules for its kernels by itself
 	@$(IN_ENVIRONMENT) kernel/dkms/build
+
+.PHONY: packages
+packages: ## What a release of this commit consists of, in dist/: wheel, source, Debian packages, SBOM, checksums
+	@$(IN_ENVIRONMENT) ci/release
 
 .PHONY: modules
 modules: ## Build the KVM modules of KERNEL; prints where they are

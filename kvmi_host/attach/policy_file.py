@@ -29,7 +29,7 @@ from kvmi_host.protocol import command_name
 from kvmi_host.protocol.ids import ALWAYS_ALLOWED, CHANGES_THE_GUEST
 
 FOLDER_VARIABLE = "KVMI_POLICIES"
-_FOLDER = "/etc/kvmi-host/policies"
+FOLDER = "/etc/kvmi-host/policies"
 _MAX_FILE = 1 << 16  # bytes; a file with every name that there is has less than 2000
 _KEYS = ("allow", "commands", "events")
 
@@ -76,7 +76,7 @@ def read_policy(path: Path) -> Policy:
 
 def _file_of(target: Target) -> Path | None:
     """The VM's own policy file, if there is one."""
-    folder = Path(os.environ.get(FOLDER_VARIABLE) or _FOLDER)
+    folder = Path(os.environ.get(FOLDER_VARIABLE) or FOLDER)
     names = [str(target.uuid)] if target.uuid != UUID(int=0) else []
     if "/" not in target.name:  # a VMM may call itself what it likes
         names.append(target.name)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
+from kvmi_host import __version__
 from kvmi_host.lab import cache
 from kvmi_host.lab.images import guest_images
 
@@ -57,8 +58,8 @@ def _contents(root: Path, guests: Mapping[str, Path]) -> Iterator[tuple[PurePosi
 def _distribution(root: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     """What tells Python which plugins the package has, as pip would leave it there."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    folder = TOP / f"lib/kvmi_host-{project['version']}.dist-info"
-    yield folder / "METADATA", f"Metadata-Version: 2.1\nName: kvmi-host\nVersion: {project['version']}\n".encode()
+    folder = TOP / f"lib/kvmi_host-{__version__}.dist-info"
+    yield folder / "METADATA", f"Metadata-Version: 2.1\nName: kvmi-host\nVersion: {__version__}\n".encode()
     lines = []
     for group, points in project.get("entry-points", {}).items():
         lines += [f"[{group}]", *(f"{name} = {place}" for name, place in points.items())]

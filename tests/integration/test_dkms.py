@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
+
+from kvmi_host import __version__
 
 pytestmark = pytest.mark.integration
 
 PROJECT = Path(__file__).parents[2]
 BUILD = PROJECT / "kernel/dkms/build"
-VERSION = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
 SERIES = sorted(folder.name for folder in (PROJECT / "kernel/patches").iterdir())
 
 
@@ -33,7 +33,7 @@ def source(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that dkms builds from, as the package installs it."""
     root = tmp_path_factory.mktemp("root")
     _output("dpkg-deb", "-x", package, root)
-    return root / f"usr/src/kvmi-{VERSION}"
+    return root / f"usr/src/kvmi-{__version__}"
 
 
 def _headers(series: str) -> Path:
@@ -53,7 +53,7 @@ def _pre_build(source: Path, release: str, headers: Path, directory: Path) -> su
 
 
 def test_the_version_is_that_of_the_project(package: Path) -> None:
-    assert _output("dpkg-deb", "-f", package, "Version").strip() == VERSION
+    assert _output("dpkg-deb", "-f", package, "Version").strip() == __version__
 
 
 def test_the_same_commit_makes_the_same_package(package: Path, tmp_path: Path) -> None:

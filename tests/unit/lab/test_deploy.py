@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmi_host import __version__
 from kvmi_host.lab import deploy
 
 
@@ -18,7 +19,7 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "tests" / "hardware").mkdir(parents=True)
     (tmp_path / "tests" / "hardware" / "test_x.py").write_text("def test_x(): pass\n")
     (tmp_path / "kvmi_host" / "hwtest").symlink_to("../tests/hardware")
-    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.0"\nentry-points.handlers.log = "x:y"\n')
+    (tmp_path / "pyproject.toml").write_text('[project]\nentry-points.handlers.log = "x:y"\n')
     return tmp_path
 
 
@@ -40,15 +41,15 @@ def test_everything_has_its_place(root: Path, guests: dict[str, Path]) -> None:
         "opt/kvmi-host/lib/kvmi_host/__pycache__/__init__.cpython-311.pyc",
         "opt/kvmi-host/lib/kvmi_host/hwtest/test_x.py",
         "opt/kvmi-host/lib/kvmi_host/hwtest/__pycache__/test_x.cpython-311.pyc",
-        "opt/kvmi-host/lib/kvmi_host-1.0.dist-info/METADATA",
-        "opt/kvmi-host/lib/kvmi_host-1.0.dist-info/entry_points.txt",
+        f"opt/kvmi-host/lib/kvmi_host-{__version__}.dist-info/METADATA",
+        f"opt/kvmi-host/lib/kvmi_host-{__version__}.dist-info/entry_points.txt",
         "opt/kvmi-host/images/modewalk.elf",
     }
 
 
 def test_plugins_are_found_there(root: Path, guests: dict[str, Path]) -> None:
     with tarfile.open(fileobj=io.BytesIO(deploy.archive(root, guests))) as tar:
-        points = tar.extractfile("opt/kvmi-host/lib/kvmi_host-1.0.dist-info/entry_points.txt")
+        points = tar.extractfile(f"opt/kvmi-host/lib/kvmi_host-{__version__}.dist-info/entry_points.txt")
         assert points
         assert points.read() == b"[handlers]\nlog = x:y\n"
 
