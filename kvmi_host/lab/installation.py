@@ -20,6 +20,7 @@ import tomllib
 from pathlib import Path
 
 from kvmi_host.lab import cache
+from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.images import guest_images
 from kvmi_host.lab.paths import project_root
 from kvmi_host.lab.progress import build
@@ -113,4 +114,7 @@ def _completion(shell: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{archive()}\n")
+    try:
+        sys.stdout.write(f"{archive()}\n")
+    except LabError as error:
+        sys.exit(f"installation: {error}")
