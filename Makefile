@@ -34,6 +34,10 @@ test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12|debug, CPU=amd|intel
 	@$(IN_ENVIRONMENT) kvmi-host hwtest --report build/hardware-$(CPU)-$(KERNEL) $(if $(K),-k "$(K)") \
 		$(if $(PAGING),-- --paging $(PAGING))
 
+.PHONY: test-deploy
+test-deploy: ## A stock Debian 12, emulated, is deployed to, upgraded, and given back; K=step chooses, KEEP=1 leaves it up
+	@$(IN_ENVIRONMENT) exec ci/deploy
+
 .PHONY: bench
 bench: ## What exits and events cost in instructions of an emulated host, and how fast we answer; figures in build/bench.json
 	@$(IN_ENVIRONMENT) kvmi-host bench && python tests/bench/speed.py
@@ -78,7 +82,7 @@ kvm-selftests: ## KVM's own selftests with stock modules and with ours, compared
 	@$(IN_ENVIRONMENT) kvmi-host selftests $(if $(T),-k "$(T)")
 
 .PHONY: lint
-lint: ## ruff, mypy, shellcheck, reuse (licences), and checkpatch and sparse for the kernel part
+lint: ## ruff, mypy, shellcheck, ansible-lint, reuse (licences), the guide; checkpatch and sparse for the kernel part
 	@$(IN_ENVIRONMENT) ci/lint
 
 .PHONY: docs

@@ -80,10 +80,14 @@ DONE_BY = {
 """What other blocks say is done by these tests, in words of their own."""
 
 NOT_RUN = {
+    ("CONTRIBUTING.md", "environment=$(ci/setup)"): "a checkout of somebody's own, whose hooks it changes",
     ("README.md", "make demo"): BOXES,
     ("README.md", "apt-get install linux-source-6.1 linux-headers-cloud-amd64 gcc make patch xz-utils"): ROOTS_HOST,
     ("README.md", "kvmi-host hwtest"): BOXES,
     ("README.md", "make test-hardware KERNEL=6.12 CPU=intel"): BOXES,
+    ("docs/agent.md", "cd kvmi_host/services"): ROOTS_HOST,
+    ("docs/deploying.md", 'PATH="$(ci/setup)/bin:$PATH"'): "ci/deploy, which is hours of an emulated host",
+    ("docs/deploying.md", "make test-deploy"): BOXES,
     ("docs/guests.md", "echo '/run/kvmi-agent/agent.sock rw,' >> /etc/apparmor.d/local/abstractions/libvirt-qemu"): (
         ROOTS_HOST
     ),
