@@ -38,6 +38,11 @@ test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12|debug, CPU=amd|intel
 test-deploy: ## A stock Debian 12, emulated, is deployed to, upgraded, and given back; K=step chooses, KEEP=1 leaves it up
 	@$(IN_ENVIRONMENT) exec ci/deploy
 
+.PHONY: test-fresh
+test-fresh: GOAL ?= demo test
+test-fresh: ## GOAL="demo test" in a bare Debian 12 that has nothing of ours; what it leaves is in build/fresh
+	@$(IN_ENVIRONMENT) ci/fresh $(GOAL)
+
 .PHONY: bench
 bench: ## What exits and events cost in instructions of an emulated host, and how fast we answer; figures in build/bench.json
 	@$(IN_ENVIRONMENT) kvmi-host bench && python tests/bench/speed.py

@@ -180,9 +180,10 @@ class Rollout:
             return self.refused("site", "disk", r"/ has \d+ MiB free, and \d+ are needed")
 
     def refuses_without_a_mirror(self) -> str:
-        nowhere = "deb http://127.0.0.1:9/debian bookworm main"
-        off = f"mv /etc/apt/sources.list /root/; echo '{nowhere}' > /etc/apt/sources.list"
-        with self._while(off, "mv /root/sources.list /etc/apt/"):
+        nowhere = 'Acquire { http::Proxy "http://127.0.0.1:9"; https::Proxy "http://127.0.0.1:9"; Retries "0"; };'
+        with self._while(
+            f"echo {shlex.quote(nowhere)} > /etc/apt/apt.conf.d/99nowhere", "rm /etc/apt/apt.conf.d/99nowhere"
+        ):
             return self.refused("site", "mirror", "could not be installed")
 
     def checks_a_bare_host(self) -> str:
