@@ -106,6 +106,10 @@ dkms: ## Build the Debian package with which a host builds the modules for its k
 packages: ## What a release of this commit consists of, in dist/: wheel, source, Debian packages, SBOM, checksums
 	@$(IN_ENVIRONMENT) ci/release
 
+.PHONY: compile-commands
+compile-commands: ## For editors: how each file of the kernel part is compiled (KERNEL), in compile_commands.json
+	@kernel/build --commands --series $(KERNEL)
+
 .PHONY: modules
 modules: ## Build the KVM modules of KERNEL; prints where they are
 	@kernel/build --series $(KERNEL)
