@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,44 +44,44 @@ def pattern(shown: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def said(
-    request: pytest.FixtureRequest,
-    in_the_systems_path: None,
-    shared: SharedGuests,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> list[str]:
-    """What each block of a guide has printed."""
+def run(
+    in_the_systems_path: None, shared: SharedGuests, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[int, str]]:
+    """Runs a guide, once: its exit status, and what was printed."""
     shared.stand_aside()
-    folder = tmp_path_factory.mktemp("guide")
-    output = folder / "output"
-    with output.open("w") as file:  # a pipe would be held open by what a block leaves in the background
-        result = subprocess.run(
-            ["bash", "-c", script(request.param)],
-            cwd=folder,
-            env={**os.environ, "COLUMNS": "200"},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            timeout=15 * DEADLINE,
-            check=False,
-        )
-    text = output.read_text()
-    assert result.returncode == 0, text
-    return re.split(rf"^{MARK} \d+\n", text, flags=re.MULTILINE)[1:]
+
+    @cache
+    def result(guide: str) -> tuple[int, str]:
+        folder = tmp_path_factory.mktemp("guide")
+        output = folder / "output"
+        with output.open("w") as file:  # a pipe would be held open by what a block leaves in the background
+            ended = subprocess.run(
+                ["bash", "-c", script(guide)],
+                cwd=folder,
+                env={**os.environ, "COLUMNS": "200"},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=15 * DEADLINE,
+                check=False,
+            )
+        return ended.returncode, output.read_text()
+
+    return result
 
 
 @pytest.mark.parametrize(
-    ("said", "block", "shown", "number"),
-    [
-        pytest.param(guide, block, shown, number, id=f"{guide}-{number}")
-        for guide, blocks in BLOCKS.items()
-        for number, (block, shown) in enumerate(blocks)
-    ],
-    indirect=["said"],
+    ("guide", "number"), [(guide, number) for guide, blocks in BLOCKS.items() for number in range(len(blocks))]
 )
-def test_a_block_of_the_guide_prints_what_the_guide_shows(said: list[str], block: str, shown: str, number: int) -> None:
-    fits = not shown or re.fullmatch(pattern(shown), said[number])
-    assert fits, f"{block}\n-- shown:\n{shown}\n-- said:\n{said[number]}"
+def test_a_block_of_the_guide_prints_what_the_guide_shows(
+    run: Callable[[str], tuple[int, str]], guide: str, number: int
+) -> None:
+    status, text = run(guide)
+    assert status == 0, text
+    block, shown = BLOCKS[guide][number]
+    said = re.split(rf"^{MARK} \d+\n", text, flags=re.MULTILINE)[1:][number]
+    fits = not shown or re.fullmatch(pattern(shown), said)
+    assert fits, f"{block}\n-- shown:\n{shown}\n-- said:\n{said}"
 
 
 @pytest.mark.parametrize("guide", GUIDES)
