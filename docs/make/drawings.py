@@ -64,7 +64,10 @@ class Paper:
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
                 ' font-size="14" fill="#111122">',
-                "<!-- SPDX-License-Identifier: LGPL-2.1-or-later; drawn by docs/make/drawings.py of docs/drawings -->",
+                # REUSE-IgnoreStart
+                "<!-- SPDX-License-Identifier: LGPL-2.1-or-later -->",
+                # REUSE-IgnoreEnd
+                "<!-- Drawn by docs/make/drawings.py of docs/drawings. -->",
                 f"<title>{escape(title)}</title>",
                 '<defs><marker id="head" markerWidth="10" markerHeight="9" refX="9" refY="4.5"'
                 ' orient="auto-start-reverse" markerUnits="userSpaceOnUse">'
