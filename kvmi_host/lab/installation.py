@@ -22,6 +22,7 @@ from pathlib import Path
 from kvmi_host.lab import cache
 from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.images import guest_images
+from kvmi_host.lab.parcel import make_wheel, pip
 from kvmi_host.lab.paths import project_root
 from kvmi_host.lab.progress import build
 
@@ -85,15 +86,13 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _wheels(root: Path, out: Path) -> None:
-    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    # The compiled part is this Python's. Another one has it left out, and the host does the same slower.
-    pure = None if sys.version_info[:2] == (3, 11) else {"CC": "false"}
-    build("making a wheel of this tree", [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", out, root], pure)
+    # Where another Python runs here the compiled part is left out, and the host does the same slower.
+    make_wheel(out, pure=sys.version_info[:2] != (3, 11))
     platforms = [argument for platform in _PLATFORMS for argument in ("--platform", platform)]
     lock = ("--constraint", root / "ci/requirements.lock")
     wanted = requirements((root / "pyproject.toml").read_text())
-    fetch: list[str | Path] = ["download", "--only-binary", ":all:", *_DEBIANS, *platforms, *lock, "--dest", out]
-    build("fetching Python packages", [*pip, *fetch, *wanted])
+    options: list[str | Path] = ["--only-binary", ":all:", *_DEBIANS, *platforms, *lock, "--dest", out]
+    pip("fetching Python packages", "download", *options, *wanted)
 
 
 def _manuals(root: Path, out: Path) -> None:

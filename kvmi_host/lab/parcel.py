@@ -110,20 +110,11 @@ def _packages(python: Python) -> Path:
 
     def make(out: Path) -> None:
         wheels = out / "wheels"
-        _pip(
-            "making a wheel of this tree",
-            "wheel",
-            "--no-build-isolation",
-            "--no-deps",
-            "-w",
-            wheels,
-            root,
-            pure=not same,
-        )
+        make_wheel(wheels, pure=not same)
         target = ("install", "--target", out, "--only-binary", ":all:", "--no-compile")
         pure = [argument.format(python) for argument in _PURE]
-        _pip(f"fetching packages for Python {python}", *target, *pure, "--constraint", lock, "--requirement", wanted)
-        _pip("installing the wheel", *target, "--no-deps", "--no-index", *([] if same else pure), *wheels.iterdir())
+        pip(f"fetching packages for Python {python}", *target, *pure, "--constraint", lock, "--requirement", wanted)
+        pip("installing the wheel", *target, "--no-deps", "--no-index", *([] if same else pure), *wheels.iterdir())
         for folder in (wheels, out / "bin", out / "share"):  # programs would be those of the Python here
             shutil.rmtree(folder, ignore_errors=True)
         if python.version == sys.version_info[:2]:
@@ -134,10 +125,22 @@ def _packages(python: Python) -> Path:
     return cache.entry("suite", key, make, keep=4)
 
 
-def _pip(what: str, *arguments: str | Path, pure: bool = False) -> None:
+def make_wheel(out: Path, *, pure: bool) -> None:
+    """Leave a wheel of this tree in a folder.
+
+    :param pure: without the compiled part, which is this Python's.
+    :raise LabError: pip did not do it; the message has what it said.
+    """
+    options = ("--no-build-isolation", "--no-deps", "-w", out)
+    pip("making a wheel of this tree", "wheel", *options, project_root(), pure=pure)
+
+
+def pip(what: str, *arguments: str | Path, pure: bool = False) -> None:
     """Have pip do something.
 
+    :param what: as it is shown.
     :param pure: without a compiler.
+    :raise LabError: it failed; the message has what it said.
     """
     argv = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     build(what, argv, {"CC": "false"} if pure else None)

@@ -293,5 +293,5 @@ def test_a_guide_that_runs_is_beside_the_test_that_runs_it(page: str) -> None:
     ],
 )
 def test_a_wrong_line_would_be_found(line: str) -> None:
-    with pytest.raises(Exception):  # noqa: B017, PT011 # the command line's, the shell's, or ours
+    with pytest.raises((typer.TyperException, subprocess.CalledProcessError, AssertionError)):
         test_a_block_that_is_not_run_names_what_there_is(Block("README.md", 1, line, fenced=False))
