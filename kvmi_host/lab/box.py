@@ -17,12 +17,11 @@ from pathlib import Path
 from types import TracebackType
 
 from kvmi_host.host.kernels import Series
-from kvmi_host.host.remote import KEEPALIVE
 from kvmi_host.lab import cache, deploy, images, qemu
 from kvmi_host.lab.errors import LabError
 from kvmi_host.lab.paths import program, project_root, run_dir
 from kvmi_host.lab.progress import say, step
-from kvmi_host.lab.ssh import Shell
+from kvmi_host.lab.ssh import Shell, configuration
 
 SSH_NAME = "kvmi-lab"
 """What a box is called in its own configuration of OpenSSH."""
@@ -262,18 +261,9 @@ class Box:
             "modules": self._modules or os.environ.get("KVMI_LAB_MODULES") or "this tree's",
             "restored": restored,
         }
-        config = "\n".join(
-            (
-                f"Host {SSH_NAME}",
-                f"HostName 127.0.0.1\nPort {port}\nUser root\nHostKeyAlias kvmi-lab",
-                f"IdentityFile {image.key}\nIdentitiesOnly yes",
-                f"UserKnownHostsFile {image.known_hosts}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes",
-                f"ControlMaster auto\nControlPath {self._run}/ctl-%C\nControlPersist 20",
-                f"ServerAliveInterval {KEEPALIVE}\nServerAliveCountMax {_PATIENCE // KEEPALIVE}",
-                "LogLevel ERROR\n",
-            )
-        )
-        self.ssh_config.write_text(config)
+        shared = f"ControlMaster auto\nControlPath {self._run}/ctl-%C\nControlPersist 20\n"
+        config = configuration(SSH_NAME, port, image.key, image.known_hosts, _PATIENCE)
+        self.ssh_config.write_text(config + shared)
         wrapper = self._run / "ssh"
         wrapper.write_text(f'#!/bin/sh\nexec {program("ssh", "openssh-client")} -F {self.ssh_config} "$@"\n')
         wrapper.chmod(0o700)

@@ -17,6 +17,21 @@ from kvmi_host.host.remote import KEEPALIVE, execute, said
 from kvmi_host.lab.errors import LabError
 
 
+def configuration(name: str, port: int, key: Path, known_hosts: Path, patience: int) -> str:
+    """What OpenSSH needs to reach an emulated host as root.
+
+    :param name: what it is called there, and in `known_hosts`.
+    :param port: of 127.0.0.1.
+    :param patience: seconds that it may be silent.
+    """
+    return (
+        f"Host {name}\nHostName 127.0.0.1\nPort {port}\nUser root\nHostKeyAlias {name}\n"
+        f"IdentityFile {key}\nIdentitiesOnly yes\n"
+        f"UserKnownHostsFile {known_hosts}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes\n"
+        f"ServerAliveInterval {KEEPALIVE}\nServerAliveCountMax {patience // KEEPALIVE}\nLogLevel ERROR\n"
+    )
+
+
 class Shell:
     """An SSH connection.
 

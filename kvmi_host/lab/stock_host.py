@@ -16,17 +16,17 @@ import subprocess
 import threading
 from pathlib import Path
 
-from kvmi_host.host.remote import KEEPALIVE
 from kvmi_host.lab import cache, qemu
 from kvmi_host.lab.errors import LabError, LabHostError
 from kvmi_host.lab.paths import program, project_root, run_dir
 from kvmi_host.lab.progress import build, say, step
-from kvmi_host.lab.ssh import Shell
+from kvmi_host.lab.ssh import Shell, configuration
 
 NAME = "stock-host"
 """What it is called in its configuration of SSH, and in Ansible's inventory."""
 
 _READY = "stock-host: ready"
+_PATIENCE = 300  # seconds that it may be silent
 _BOOT_DEADLINE = 600  # seconds; emulated, and with every unit that Debian starts
 _KERNEL_ARGUMENTS = (
     "root=LABEL=stock-host rw console=ttyS0 loglevel=5 panic=-1 net.ifnames=0 "
@@ -107,7 +107,8 @@ class StockHost:
             raise LabError(f"a stock host runs already: end it, with its PID in {self._run}/qemu.json")
         argv = ["cp", "--sparse=always", "--reflink=auto", str(self._image / "root.img"), str(self.disk)]
         subprocess.run(argv, check=True)
-        self.ssh_config.write_text(_ssh_config(self.port, self._image))
+        key, known = self._image / "id_ed25519", self._image / "known_hosts"
+        self.ssh_config.write_text(configuration(NAME, self.port, key, known, _PATIENCE))
         self._boot()
         self._watcher = threading.Thread(target=self._boot_again, name=NAME, daemon=True)
         self._watcher.start()
@@ -115,8 +116,7 @@ class StockHost:
     def down(self) -> None:
         """End it, at once."""
         self._stopping.set()
-        if self._shell:
-            self._shell.close()
+        self.reconnect()
         if process := qemu.Process.find(self._run):
             process.stop()
         if self._watcher:
@@ -133,8 +133,7 @@ class StockHost:
         try:
             return self._shell.run(line, deadline=deadline, check=check).stdout
         except LabError:
-            self._shell.close()  # it may be that it was rebooted meanwhile
-            self._shell = None
+            self.reconnect()  # it may be that it was rebooted meanwhile
             raise
 
     def reconnect(self) -> None:
@@ -202,13 +201,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _ssh_config(port: int, image: Path) -> str:
-    """A configuration of OpenSSH. No shared connection: Ansible has its own."""
-    return (
-        f"Host {NAME}\nHostName 127.0.0.1\nPort {port}\nUser root\nHostKeyAlias {NAME}\n"
-        f"IdentityFile {image}/id_ed25519\nIdentitiesOnly yes\n"
-        f"UserKnownHostsFile {image}/known_hosts\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes\n"
-        f"ServerAliveInterval {KEEPALIVE}\nServerAliveCountMax 60\nLogLevel ERROR\n"
-    )
