@@ -27,7 +27,7 @@ test: ## All tests, the live ones included; results in build/junit.xml
 
 .PHONY: test-unit
 test-unit: ## The unit tests alone
-	@$(IN_ENVIRONMENT) pytest -q tests/unit
+	@$(IN_ENVIRONMENT) pytest -q --numprocesses auto tests/unit
 
 .PHONY: test-hardware
 test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12|debug, CPU=amd|intel, PAGING=shadow choose its host, K=expr tests

@@ -59,7 +59,7 @@ def test_a_systemd_that_is_gone_is_a_warning(monkeypatch, tmp_path, caplog):
     ("pid", "microseconds", "interval"),
     [
         (None, "30000000", 15.0),
-        (str(os.getpid()), "30000000", 15.0),
+        pytest.param(str(os.getpid()), "30000000", 15.0, id="us"),
         ("1", "30000000", None),
         (None, None, None),
         (None, "0", None),

@@ -26,6 +26,8 @@ from kvmi_host.lab.part import Part
 from kvmi_host.lab.supervision import Patience, Places
 from kvmi_host.testing.ssh_server import SshServer
 
+pytestmark = pytest.mark.integration
+
 PARCEL = Parcel("suite-test", "lib", b"")
 PATIENCE = Patience(connecting=20, command=60, heartbeat=0.2, silence=3, absence=0.5, retry=0.1, progress=60, ending=20)
 DEADLINE = 120.0
