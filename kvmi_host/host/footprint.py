@@ -57,10 +57,13 @@ def footprint() -> Footprint:
     )
 
 
-def receivers() -> int:
-    """How many receiving threads the kernel has."""
-    names = (path.read_text() for path in _PROC.glob("[0-9]*/comm") if path.exists())
-    return sum(name.startswith("kvmi-") for name in names)
+def receivers(vmm: int | None = None) -> int:
+    """How many receiving threads the kernel has.
+
+    :param vmm: the process whose VM's are meant; None: those of all VMs.
+    """
+    names = [path.read_text().strip() for path in _PROC.glob("[0-9]*/comm") if path.exists()]
+    return sum(name.startswith("kvmi-") for name in names) if vmm is None else names.count(f"kvmi-{vmm}")
 
 
 def users_of_kvm() -> int:

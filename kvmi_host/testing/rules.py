@@ -22,6 +22,7 @@ NO_EXECUTE_ONLY = "no execute-only pages"
 FIRST_NUMBER = "a settable event number"
 SELF_CHECKS = "allocations that can be made to fail"
 SERVICES = "services"
+UNDEPLOYED = "no deployment"
 
 PROPERTIES: Mapping[str, str] = {
     ATTACHING: "the introspection ioctls are taken from a process that is not the VMM",
@@ -34,6 +35,7 @@ PROPERTIES: Mapping[str, str] = {
     FIRST_NUMBER: "where the count of events begins can be set, near its end",
     SELF_CHECKS: "the kernel is the one that checks itself (kernel/debug.config)",
     SERVICES: "systemd booted the host, which has AppArmor",
+    UNDEPLOYED: "what a deployed host has in /etc/kvmi-host, /run/kvmi-agent and libvirt's hooks is free for tests",
 }
 """What a rule, or a test, may need of a host, and what that means."""
 

@@ -23,6 +23,7 @@ from kvmi_host.testing.rules import (
     SERVICES,
     SHADOW,
     SHORT_REPLIES,
+    UNDEPLOYED,
     Host,
 )
 
@@ -63,6 +64,7 @@ def host_under_test() -> Host:
             intel=modules.vendor() == "kvm_intel",
             checks_itself=here.release.endswith(_DEBUG_KERNEL),
             systemd=_SYSTEMD.exists(),
+            undeployed=not deployed(),
             first_number=_FIRST_NUMBER.exists(),
         ),
         faults=frozenset(fault for fault in Fault if fault.value[0] is emulator()),
@@ -70,11 +72,19 @@ def host_under_test() -> Host:
 
 
 def lacking(
-    *, ours: bool, paging: Paging, intel: bool, checks_itself: bool, systemd: bool, first_number: bool
+    *,
+    ours: bool,
+    paging: Paging,
+    intel: bool,
+    checks_itself: bool,
+    systemd: bool,
+    undeployed: bool,
+    first_number: bool,
 ) -> dict[str, str]:
     """What a host lacks of what rules and tests may need, each with the reason.
 
     :param ours: its kernel part is this project's, not KVM-VMI's.
+    :param undeployed: kvmi-host has no configuration there that is not a test's.
     :param first_number: that kernel part lets a test say from which number a session counts its events.
     """
     lacks = {} if ours else dict.fromkeys((ATTACHING, OBSERVING, SHORT_REPLIES), _THEIRS)
@@ -90,6 +100,14 @@ def lacking(
         lacks[SELF_CHECKS] = "this kernel does not check itself, and its allocations cannot be made to fail"
     if not systemd:
         lacks[SERVICES] = "systemd did not boot this host"
+    if not undeployed:
+        lacks[UNDEPLOYED] = "kvmi-host is deployed here, and what it is configured to do is left alone"
     if not first_number:
         lacks[FIRST_NUMBER] = f"this kernel part has no {_FIRST_NUMBER.name}"
     return lacks
+
+
+def deployed(root: Path = Path("/")) -> bool:
+    """Whether the host has a configuration of kvmi-host that is not a test's."""
+    files = (path for path in (root / "etc/kvmi-host").rglob("*") if not path.is_dir() or path.is_symlink())
+    return any(files) or (root / "etc/libvirt/hooks/qemu.d/kvmi-host").exists()

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from kvmi_host.testing.live import DEADLINE, SharedGuests
+from kvmi_host.testing.rules import UNDEPLOYED
 
-pytestmark = [pytest.mark.hardware, pytest.mark.libvirt, pytest.mark.services]
+pytestmark = [pytest.mark.hardware, pytest.mark.libvirt, pytest.mark.services, pytest.mark.needs(UNDEPLOYED)]
 
 GUIDES = {name: Path(__file__).with_name(f"{name}.md").read_text() for name in ("tutorial", "operating")}
 BLOCKS = {

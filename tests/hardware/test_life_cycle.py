@@ -111,7 +111,7 @@ def test_a_new_session_sees_no_event_that_the_last_one_enabled(
 
 @pytest.mark.rule("5.18")
 def test_hook_and_unhook_a_hundred_times_leaves_nothing_behind(own_guest: LiveGuest) -> None:
-    until(lambda: receivers() == 0)
+    until(lambda: receivers(own_guest.pid) == 0)
     before = users_of_kvm()
     for round_ in range(100):
         session = attach(own_guest.name, allow="full", timeout=DEADLINE).session
@@ -124,7 +124,7 @@ def test_hook_and_unhook_a_hundred_times_leaves_nothing_behind(own_guest: LiveGu
             walker.event()
         session.close()
     own_guest.goes_on()
-    until(lambda: receivers() == 0 and users_of_kvm() == before)
+    until(lambda: receivers(own_guest.pid) == 0 and users_of_kvm() == before)
 
 
 @pytest.mark.rule("2.25")

@@ -279,12 +279,12 @@ def until(reached: Callable[[], bool]) -> None:
 def test_the_guest_outlives_an_introspector_that_closes_and_one_that_is_killed(
     puppet_guest: LiveGuest, point: Callable[[Lost], object]
 ) -> None:
-    until(lambda: receivers() == 0)
+    until(lambda: receivers(puppet_guest.pid) == 0)
     users = users_of_kvm()
     with at_work(puppet_guest):
         lose(puppet_guest, point, close)
         lose(puppet_guest, point, kill)  # hooked again at once
-    until(lambda: receivers() == 0 and users_of_kvm() == users)
+    until(lambda: receivers(puppet_guest.pid) == 0 and users_of_kvm() == users)
 
 
 @pytest.mark.rule("2.20")
@@ -299,7 +299,7 @@ def test_no_memory_stays_behind_wherever_the_introspector_is_lost(puppet_guest: 
     def all_points() -> None:
         for point in POINTS.values():
             lose(puppet_guest, point, close)
-        until(lambda: receivers() == 0)
+        until(lambda: receivers(puppet_guest.pid) == 0)
 
     with at_work(puppet_guest):
         all_points()  # what is allocated once, is by now

@@ -38,6 +38,7 @@ from kvmi_host.provision import (
     start,
 )
 from kvmi_host.testing.live import DEADLINE
+from kvmi_host.testing.rules import UNDEPLOYED
 
 pytestmark = [pytest.mark.hardware, pytest.mark.libvirt, pytest.mark.services]
 
@@ -218,6 +219,7 @@ def introspector() -> Iterator[socket.socket]:
     address.unlink()
 
 
+@pytest.mark.needs(UNDEPLOYED)
 def test_a_confined_qemu_reaches_its_introspector(
     connection: libvirt.virConnect, create: Callable[..., str], introspector: socket.socket
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from kvmi_host.testing.emulators import Fault
 from kvmi_host.testing.modules import Paging
 from kvmi_host.testing.rules import PROPERTIES, Host, Rule, Rules, RulesError, read_rules
-from kvmi_host.testing.under_test import lacking
+from kvmi_host.testing.under_test import deployed, lacking
 
 SUITE = Path(__file__).parents[2] / "hardware"
 
@@ -120,7 +120,7 @@ def test_where_a_rule_does_not_hold_there_is_a_reason(rule: Rule, reason: str) -
     assert rule.not_here(HOST) == reason
 
 
-WHOLE = {"ours": True, "checks_itself": True, "systemd": True, "first_number": True}
+WHOLE = {"ours": True, "checks_itself": True, "systemd": True, "undeployed": True, "first_number": True}
 
 
 def test_every_host_lacks_one_kind_of_paging_and_of_pages() -> None:
@@ -135,6 +135,22 @@ def test_every_host_lacks_one_kind_of_paging_and_of_pages() -> None:
 def test_a_kernel_that_is_not_ours_lacks_what_we_have_added() -> None:
     lacks = lacking(paging=Paging.NESTED, intel=False, **WHOLE | {"ours": False})
     assert {"attach from outside", "observing sessions", "short replies"} <= set(lacks)
+
+
+@pytest.mark.parametrize("path", ["etc/kvmi-host/policies/web.toml", "etc/libvirt/hooks/qemu.d/kvmi-host"])
+def test_a_host_with_a_configuration_of_kvmi_host_is_deployed(tmp_path: Path, path: str) -> None:
+    (tmp_path / "etc/kvmi-host/autoattach").mkdir(parents=True)
+    assert not deployed(tmp_path)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).touch()
+    assert deployed(tmp_path)
+
+
+def test_a_guest_that_is_attached_to_as_it_starts_is_a_deployment(tmp_path: Path) -> None:
+    links = tmp_path / "etc/kvmi-host/autoattach"
+    links.mkdir(parents=True)
+    (links / "web").symlink_to("/run/kvmi-agent/agent.sock")  # which need not be there
+    assert deployed(tmp_path)
 
 
 def test_what_a_host_may_lack_is_what_a_rule_may_need() -> None:
