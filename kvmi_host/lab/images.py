@@ -121,8 +121,9 @@ def host_image() -> HostImage:
     releases = [kernel_release(series) for series in Series.packaged()]
     recipe = project_root() / "vm-images" / "lab-host"
     lock = project_root() / "ci" / "requirements.lock"
-    parts = [recipe / name for name in ("build", "packages", "python-packages", "masked-units", "root")]
-    parts.append(_apt_sources())
+    names = ("build", "packages", "site.yml", "enter", "python-packages", "masked-units", "root")
+    roles = ("ansible/roles/kvmi_base", "ansible/roles/kvmi_host", "kvmi_host/services")
+    parts = [*(recipe / name for name in names), *(project_root() / name for name in roles), _apt_sources()]
     kernels = [f"{release} {_package_version(f'linux-headers-{release}')}" for release in releases]
     key = cache.digest(*parts, lock, *kernels)
 
