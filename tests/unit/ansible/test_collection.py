@@ -141,7 +141,8 @@ def test_uninstalling_covers_every_file_of_the_host() -> None:
     removed = role_vars("kvmi_host")["kvmi_host_files"]
     gone = [*removed, "{{ kvmi_base_state }}", "{{ kvmi_host_top }}", "/etc/libvirt/hooks/qemu.d", "/usr/local/"]
     puts = {*put_by("kvmi_host"), *(one["dest"] for one in role_vars("kvmi_host")["kvmi_host_settings"])}
-    puts -= {"{{ item.dest }}", "{{ item }}"}
+    puts -= {"{{ item.dest }}", "{{ item }}", "{{ kvmi_host_made_folders }}"}
+    assert role_vars("kvmi_host")["kvmi_host_made_folders"].startswith(tuple(gone))
     assert [place for place in puts if not place.startswith(tuple(gone))] == []
     assert role_vars("kvmi_host")["kvmi_host_top"] in removed
 
