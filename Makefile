@@ -35,7 +35,7 @@ test-hardware: ## The hardware suite alone; KERNEL=6.1|6.12|debug, CPU=amd|intel
 		$(if $(PAGING),-- --paging $(PAGING))
 
 .PHONY: test-deploy
-test-deploy: ## A stock Debian 12, emulated, is deployed to, upgraded, and given back; K=step chooses, KEEP=1 leaves it up
+test-deploy: ## A stock Debian 12, emulated, is deployed to, upgraded, and given back; K=regex chooses steps, KEEP=1 leaves it up
 	@$(IN_ENVIRONMENT) exec ci/deploy
 
 .PHONY: test-fresh

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from kvmi_host.lab.errors import LabError
-from kvmi_host.lab.rollout import LEFT_BEHIND, Recap, Row, changed_tasks, refusals, strange, table
+from kvmi_host.lab.rollout import LEFT_BEHIND, REWRITTEN, Recap, Row, changed_tasks, refusals, strange, table
 from kvmi_host.lab.stock_host import link_target
 
 REFUSED = """
@@ -48,7 +48,8 @@ def test_a_file_that_came_or_went_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd-", "/var/log/dpkg.log", "/vmlinuz.old", "/lib/modules/6.1.0-56/modules.dep"]
+    "path",
+    ["/var/log/dpkg.log", "/var/lib/dpkg/info/dkms.list", "/root/.ansible/tmp", "/var/cache/apparmor/6b0d.0/ping"],
 )
 def test_what_debian_leaves_by_design_is_not_told(path: str) -> None:
     assert strange([], [path]) == []
@@ -64,6 +65,8 @@ def test_what_debian_leaves_by_design_is_not_told(path: str) -> None:
         "/usr/local/share/man/man1/kvmi-host.1",
         "/usr/src/kvmi-0.1.0",
         "/var/lib/dkms/kvmi",
+        "/var/lib/systemd/kvmi",
+        "/usr/lib/python3/__pycache__/kvmi_host.pyc",
         "/var/lib/kvmi-deploy/packages",
         "/lib/modules/6.1.0-56-cloud-amd64/updates/dkms/kvm.ko",
         "/etc/libvirt/hooks/qemu.d/kvmi-host",
@@ -73,8 +76,15 @@ def test_nothing_of_ours_passes_for_debians(path: str) -> None:
     assert strange([], [path]) == [f"+{path}"]
 
 
+@pytest.mark.parametrize(("path", "told"), [("/etc/group-", False), ("/etc/modules", True), ("/etc/groups", True)])
+def test_a_file_with_other_contents_is_told_unless_the_system_writes_it(path: str, told: bool) -> None:
+    line = f"{64 * 'a'}  {path}"
+    assert strange([], [line], REWRITTEN) == ([f"+{line}"] if told else [])
+
+
 def test_everything_that_is_left_has_a_reason() -> None:
     assert all(LEFT_BEHIND.values())
+    assert all(REWRITTEN.values())
 
 
 def test_the_kernel_is_what_debians_link_names() -> None:
