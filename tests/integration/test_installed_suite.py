@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 DEADLINE = 120
+
+pytestmark = pytest.mark.integration
 
 
 def run(*argv: str, cwd: Path, **environment: str) -> str:
