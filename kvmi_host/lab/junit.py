@@ -54,3 +54,18 @@ def merge(reports: Iterable[Path], into: Path) -> dict[str, int]:
     all_suites = [suite for report in reports for suite in suites(report)]
     write(all_suites, into)
     return {count: sum(int(suite.get(count, "0")) for suite in all_suites) for count in _COUNTS}
+
+
+def failed(report: Path) -> list[str]:
+    """The tests of a report that failed or were passed over: for each, its name and the first line of why."""
+    unhappy = []
+    for suite in suites(report):
+        for case in suite.iter("testcase"):
+            name = f"{case.get('classname')}::{case.get('name')}"
+            for outcome in ("failure", "error", "skipped"):
+                unhappy += [f"{name}: {_first_line(reason)}" for reason in case.iter(outcome)]
+    return unhappy
+
+
+def _first_line(reason: ElementTree.Element) -> str:
+    return next(iter((reason.get("message") or reason.text or reason.tag).strip().splitlines()), reason.tag)

@@ -51,3 +51,21 @@ def test_failure_of_our_own_counts(tmp_path: Path) -> None:
     path = report(tmp_path)
     junit.add_failure(path, "tests.hardware.kernel_log", "test_no_complaint", "complained", "WARNING: ...")
     assert junit.merge([path], tmp_path / "all.xml") == {"tests": 3, "failures": 2, "errors": 0, "skipped": 0}
+
+
+def test_what_failed_is_named_with_the_first_line_of_why(tmp_path: Path) -> None:
+    path = report(tmp_path)
+    junit.add_failure(path, "tests.hardware.kernel_log", "test_no_complaint", "complained\nat length", "WARNING: ...")
+    assert junit.failed(path) == [
+        "tests.hardware.test_a::test_2: no",
+        "tests.hardware.kernel_log::test_no_complaint: complained",
+    ]
+
+
+def test_test_that_was_passed_over_or_broke_is_named_too(tmp_path: Path) -> None:
+    path = tmp_path / "bare.xml"
+    path.write_text(
+        '<testsuite tests="2"><testcase classname="c" name="s"><skipped/></testcase>'
+        '<testcase classname="c" name="e"><error>\nno box\n  at all</error></testcase></testsuite>'
+    )
+    assert junit.failed(path) == ["c::s: skipped", "c::e: no box"]
