@@ -168,9 +168,12 @@ def _watch(
     shown_facts = facts_record(facts)
     if recorder:
         recorder.note({"session": shown_facts})
-    view.session(shown_facts)
     try:
         try:
+            try:
+                carry_out(watch.obey())
+            finally:  # who reads of the session can detach it
+                view.session(shown_facts)
             carry_out(watch.begin())
             while not (why := ended()):
                 if (event := carry_out(watch.next(_TICK))) is not None:

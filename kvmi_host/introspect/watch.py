@@ -97,6 +97,7 @@ class Watch:
     def __init__(self, hold: Hold, interests: Iterable[Interest]) -> None:
         self.unhooked = False
         self.stopped = False
+        self._obeys = False
         self._hold = hold
         self._interests = tuple(interests)
         self._kinds = frozenset(interest.event for interest in self._interests)
@@ -110,18 +111,30 @@ class Watch:
 
     # -- the beginning and the end
 
+    def obey(self) -> Plan[None]:
+        """From now on the host can ask for the session's end; before, it can only end it by force. Tell others of the
+        session when this is through.
+
+        :raise UnsupportedDialect: the kernel numbers its messages otherwise.
+        """
+        yield from ask(messages.get_version())  # which tells how events are to be read
+        if EventId.UNHOOK in self._kinds or (yield from allowed(messages.check_event(EventId.UNHOOK))):
+            self._vm_events.add(EventId.UNHOOK)
+            yield from ask(messages.control_vm_events(EventId.UNHOOK, True))
+        self._obeys = True
+
     def begin(self) -> Plan[None]:
-        """Switch everything on. If that does not succeed: :meth:`end` undoes what did.
+        """:meth:`obey`, where that was not done, and switch everything on. If that does not succeed: :meth:`end` undoes
+        what did.
 
         :raise CommandError: an event or command is not allowed, or not there.
         :raise NotMapped: there is no instruction where a breakpoint is to be.
         :raise UnsupportedDialect: the kernel numbers its messages otherwise.
         """
-        yield from ask(messages.get_version())  # which tells how events are to be read
+        if not self._obeys:
+            yield from self.obey()
         self._hold.keep_stepping = EventId.SINGLESTEP in self._kinds
-        if (yield from allowed(messages.check_event(EventId.UNHOOK))):
-            self._vm_events.add(EventId.UNHOOK)  # so that detach can ask us
-        for kind in sorted(self._vm_events):
+        for kind in sorted(self._vm_events - {EventId.UNHOOK}):
             yield from ask(messages.control_vm_events(kind, True))
         for vcpu in range((yield from ask(messages.guest_info()))):
             yield from self._take_in(vcpu)
